@@ -1,0 +1,245 @@
+"""Optim4RL: the learned optimizer, as an optax.GradientTransformation (paper: section 4, Figure 2b).
+
+One tiny recurrent network is shared by every scalar parameter of an agent; each scalar keeps its own hidden state.
+It is shaped like an adaptive optimizer, m / sqrt(v), with both moments computed by a GRU:
+
+    h1 = GRU1(h1, g)       o1 = Linear1(h1)      m = sign(g) exp(o1)
+    h2 = GRU2(h2, g^2)     o2 = Linear2(h2)      v = exp(o2)
+    delta = -alpha m / sqrt(v + eps)
+
+| symbol | here | shape |
+|---|---|---|
+| g | one gradient, flattened and cut into K pieces of C scalars | [K, C] |
+| h1, h2 | hidden["m"], hidden["v"]: hidden size H, hidden axis before the scalars | [K, H, C] |
+| theta | meta_params: {"m": moment, "v": moment}, 514 numbers for H = 8 | see init_meta_params |
+| alpha | learning_rate: a number, a traced array or an optax schedule | [] |
+
+The update always has the sign of the gradient. Where o1 = o2 = 0 it is sign descent with step alpha.
+
+Example:
+    import jax, optax, optim4rl
+    meta_params = optim4rl.init_meta_params(jax.random.key(0))     # or: optim4rl.load("weights/optim4rl.npz")[0]
+    optimizer = optax.chain(optax.clip(1.0), optim4rl.optim4rl(meta_params, learning_rate=1e-3))
+    params = {"w": jax.numpy.ones(3)}
+    updates, opt_state = optimizer.update(params, optimizer.init(params))
+
+Deviations: the read-out weights start at zero, not LeCun-normal, so that the untrained rule is exactly sign descent.
+Copy this file: needs jax, optax, numpy.
+"""
+
+import json
+import os
+import zipfile
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+FORMAT_VERSION = 1
+PIECE = 4096  # scalars updated at a time: their gates then fit a core's cache, which halves the time on a CPU
+
+
+class LearnedOptimizer(NamedTuple):
+    """The common form of all learned optimizers."""
+
+    init: Callable  # key -> meta_params
+    make: Callable  # (meta_params, learning_rate) -> optax.GradientTransformation
+
+
+class Optim4RLState(NamedTuple):
+    count: jax.Array  # [] int32, updates so far: the argument of a learning-rate schedule
+    hidden: dict  # {"m": [K, H, C], "v": [K, H, C]}
+
+
+def init_meta_params(key, hidden_size=8):
+    """Meta-parameters of an untrained rule. The gates of a GRU are stacked in the order reset, update, candidate.
+
+    Args:
+        key: jax PRNG key.
+        hidden_size: H >= 1.
+    Returns:
+        {"m": moment, "v": moment} with moment = {"input_kernel" [3H], "input_bias" [3H], "recurrent_kernel" [3H, H],
+        "candidate_bias" [H], "readout_kernel" [H], "readout_bias" []}; float32, or float64 under jax_enable_x64.
+    """
+    if hidden_size < 1:
+        raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
+
+    def init_moment(key):
+        input_key, recurrent_key = jax.random.split(key)
+        lecun_normal = jax.nn.initializers.lecun_normal()
+        orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (hidden_size, hidden_size)))
+        return {
+            "input_kernel": lecun_normal(input_key, (1, 3 * hidden_size))[0],  # fan-in 1: the gradient
+            "input_bias": jnp.zeros(3 * hidden_size),
+            "recurrent_kernel": orthogonal(jax.random.split(recurrent_key, 3)).reshape(3 * hidden_size, hidden_size),
+            "candidate_bias": jnp.zeros(hidden_size),
+            "readout_kernel": jnp.zeros(hidden_size),
+            "readout_bias": jnp.zeros(()),
+        }
+
+    m_key, v_key = jax.random.split(key)
+    return {"m": init_moment(m_key), "v": init_moment(v_key)}
+
+
+def gru(cell, h, x):
+    """One step of the GRU (PAPER notation s = sigmoid); only the candidate has a recurrent bias.
+
+    Args: cell: one moment of meta_params; h: hidden states [H, C]; x: inputs [C].
+    Returns: the next hidden states [H, C].
+    """
+    # r = s(W_r x + b_r + U_r h), z = s(W_z x + b_z + U_z h), n = tanh(W_n x + b_n + r (U_n h + c_n))
+    from_input = cell["input_kernel"][:, None] * x + cell["input_bias"][:, None]  # (3H, C)
+    x_r, x_z, x_n = jnp.split(from_input, 3)
+    h_r, h_z, h_n = jnp.split(cell["recurrent_kernel"] @ h, 3)
+    r = jax.nn.sigmoid(x_r + h_r)
+    z = jax.nn.sigmoid(x_z + h_z)
+    n = jnp.tanh(x_n + r * (h_n + cell["candidate_bias"][:, None]))
+    # h' = (1 - z) n + z h
+    return (1 - z) * n + z * h
+
+
+def read_out(cell, h):
+    """o = Linear(h): [H, C] -> [C]."""
+    return cell["readout_kernel"] @ h + cell["readout_bias"]
+
+
+def update_rule(meta_params, hidden, g, eps):
+    """The paper's rule with alpha = 1, for C scalars: hidden {"m": [H, C], "v": [H, C]}, g [C] -> (hidden, delta [C])."""
+    h1 = gru(meta_params["m"], hidden["m"], g)
+    h2 = gru(meta_params["v"], hidden["v"], g**2)
+    m = jnp.sign(g) * jnp.exp(read_out(meta_params["m"], h1))
+    v = jnp.exp(read_out(meta_params["v"], h2))
+    delta = -m / jnp.sqrt(v + eps)
+    return {"m": h1, "v": h2}, delta
+
+
+def optim4rl(meta_params, learning_rate, eps=1e-8):
+    """Optim4RL as an optax transformation of any pytree of arrays, differentiable with respect to meta_params.
+
+    The paper clips each gradient to [-1, 1] beforehand (not on catch): optax.chain(optax.clip(1.0), optim4rl(...)).
+
+    Args:
+        meta_params: see init_meta_params; the rule is computed in their dtype.
+        learning_rate: alpha > 0, or an optax schedule: count -> alpha.
+        eps: the paper's eps, under the square root.
+    Returns:
+        optax.GradientTransformation with Optim4RLState.
+    """
+    hidden_size, dtype = meta_params["m"]["candidate_bias"].shape[0], meta_params["m"]["candidate_bias"].dtype
+
+    def init_fn(params):
+        num_pieces, piece = _pieces(params)
+        zeros = jnp.zeros((num_pieces, hidden_size, piece), dtype)
+        return Optim4RLState(count=jnp.zeros((), jnp.int32), hidden={"m": zeros, "v": zeros})
+
+    def update_fn(updates, state, params=None):
+        del params
+        # The backward pass needs a piece's gates, 20 times its hidden state: recompute them there, piece by piece.
+        rule = jax.checkpoint(lambda hidden, g: update_rule(meta_params, hidden, g, eps))
+        # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
+        g = jax.lax.stop_gradient(_to_pieces(updates, dtype))  # (K, C)
+        hidden, delta = jax.lax.map(lambda piece: rule(*piece), (state.hidden, g))
+        alpha = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        updates = _from_pieces(alpha * delta, updates)
+        return updates, Optim4RLState(optax.safe_increment(state.count), hidden)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+OPTIM4RL = LearnedOptimizer(init=init_meta_params, make=optim4rl)
+
+
+def _pieces(tree):
+    """(K, C): the number of equal pieces, and the scalars in each, that hold all scalars of a tree."""
+    num_scalars = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    num_pieces = -(-num_scalars // PIECE)
+    piece = -(-num_scalars // max(num_pieces, 1))
+    return num_pieces, -(-piece // 16) * 16  # whole vector registers
+
+
+def _to_pieces(tree, dtype):
+    """All scalars of a tree, in order, zero-padded: [K, C]."""
+    num_pieces, piece = _pieces(tree)
+    flat = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    padding = num_pieces * piece - sum(leaf.size for leaf in flat)
+    return jnp.concatenate([*flat, jnp.zeros(padding, dtype)]).reshape(num_pieces, piece)
+
+
+def _from_pieces(pieces, tree):
+    """The inverse of _to_pieces: shapes and dtypes as in tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    ends = np.cumsum([leaf.size for leaf in leaves], dtype=int)
+    flat = jnp.split(pieces.reshape(-1), ends)[: len(leaves)]
+    leaves = [new.reshape(leaf.shape).astype(leaf.dtype) for new, leaf in zip(flat, leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def save(path, meta_params, metadata=None, kind="optim4rl"):
+    """Writes meta-parameters to an .npz file: one array each, named like "m/input_kernel", and a JSON header.
+
+    Args:
+        path: file to write. It is replaced only when the new one is complete.
+        meta_params: nested dict of arrays.
+        metadata: anything JSON can hold: command, seed, results.
+        kind: which learned optimizer these belong to.
+    """
+    named = {"/".join(k.key for k in keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(meta_params)}
+    header = json.dumps({"version": FORMAT_VERSION, "kind": kind, "metadata": metadata or {}})
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        np.savez(file, header=np.array(header), **named)
+    os.replace(partial, path)
+
+
+def load(path, kind="optim4rl", like=None):
+    """Reads what save wrote.
+
+    Args:
+        path: file to read.
+        kind: the learned optimizer expected.
+        like: meta_params whose names and shapes the file must have; by default those of Optim4RL with hidden size 8.
+    Returns:
+        (meta_params, metadata)
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, damaged, of another optimizer, or of other shapes.
+    """
+    like = init_meta_params(jax.random.key(0)) if like is None else like
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(str(arrays.pop("header")))
+        version, found = header["version"], header["kind"]
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise ValueError(f"{path} is not a weight file of this project, or is damaged ({error})") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
+    if found != kind:
+        raise ValueError(f"{path} holds weights of {found!r}, not of {kind!r}")
+    keyed, treedef = jax.tree.flatten_with_path(like)
+    shapes = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in keyed}
+    for name in shapes.keys() | arrays.keys():
+        stored = arrays[name].shape if name in arrays else "absent"
+        if stored != shapes.get(name, "absent"):
+            raise ValueError(f"{path} does not fit: {name} is {stored}, expected {shapes.get(name, 'absent')}")
+    return jax.tree.unflatten(treedef, [jnp.asarray(arrays[name]) for name in shapes]), header["metadata"]
+
+
+def from_reference(weights):
+    """Meta-parameters from the reference implementation's weights: flat {"rnn1/ir/kernel": array, ...}, kernels [in, out]."""
+
+    def moment(rnn, mlp):
+        return {
+            "input_kernel": jnp.concatenate([weights[f"{rnn}/i{gate}/kernel"][0] for gate in "rzn"]),
+            "input_bias": jnp.concatenate([weights[f"{rnn}/i{gate}/bias"] for gate in "rzn"]),
+            "recurrent_kernel": jnp.concatenate([weights[f"{rnn}/h{gate}/kernel"].T for gate in "rzn"]),
+            "candidate_bias": jnp.asarray(weights[f"{rnn}/hn/bias"]),
+            "readout_kernel": jnp.asarray(weights[f"{mlp}/layers_0/kernel"])[:, 0],
+            "readout_bias": jnp.asarray(weights[f"{mlp}/layers_0/bias"])[0],
+        }
+
+    return {"m": moment("rnn1", "mlp1"), "v": moment("rnn2", "mlp2")}

@@ -1,0 +1,231 @@
+"""Pipeline training: the meta-training of a learned optimizer on many agents at every stage of life (paper: section 4, Figure 2a, Algorithm 1).
+
+A training unit is a whole agent: parameters, optimizer hidden state, environments. n units live side by side. Each starts
+afresh every m meta-steps, the resets staggered, so that at any time the units span all stages of learning and the
+agent-gradients that the optimizer learns from are close to IID.
+
+| symbol | here | shape |
+|---|---|---|
+| theta | meta_params, the learned optimizer's parameters | pytree |
+| n, m, M | num_units, reset_interval (in meta-steps), inner_updates | |
+| units | AgentState of a learner, with a leading axis of units | [U, ...] |
+| meta-loss | the agent's loss on a fresh rollout after M updates | [U] |
+| meta_grads | d meta-loss / d theta through the M updates, a mean over units, then over tasks | like theta |
+
+Any Learner (a2c.make, ppo.make) and any LearnedOptimizer (optim4rl.OPTIM4RL) fit. Units are sharded over the devices of a
+one-axis mesh "units"; a result depends on the number of devices only through floating-point rounding, since each unit's
+randomness is folded from its own index.
+
+Example (a unit is one number w with loss w^2 / 2; the learned optimizer has one parameter, its log step size):
+    import jax, jax.numpy as jnp, optax, pipeline
+    from typing import NamedTuple
+    class Unit(NamedTuple):
+        params: jax.Array
+        opt_state: tuple
+    class Learner(NamedTuple):
+        init = lambda key, optimizer: Unit(jax.random.normal(key), optimizer.init(0.0))
+        update = lambda optimizer, unit, key: (Unit(unit.params + optimizer.update(unit.params, unit.opt_state)[0], ()), {})
+        loss = lambda unit, key: (unit.params**2 / 2, (unit, {}))
+    config = pipeline.Config(num_units=8, reset_interval=4)
+    task = pipeline.make_task(Learner, lambda theta: optax.sgd(jnp.exp(theta)), config)
+    meta_optimizer, key = optax.adam(0.1), jax.random.key(0)
+    state = pipeline.init([task], meta_optimizer, jnp.log(0.01), key)
+    for _ in range(100):
+        state, metrics = pipeline.meta_step([task], meta_optimizer, state, key)
+    print(jnp.exp(state.meta_params))                                # towards 1, the best step size
+
+Copy this file: needs jax, optax.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+
+@dataclass(frozen=True)
+class Config:
+    num_units: int = 512  # n, of each task
+    reset_interval: int = 288  # m; 0: no resets, which is training without the pipeline
+    inner_updates: int = 4  # M
+    units_at_once: int | None = None  # per device; None: one on a CPU, whose cache then suffices, all on an accelerator
+
+
+class Task(NamedTuple):
+    """Compiled functions of one task's units."""
+
+    init: Callable  # (meta_params, key) -> units
+    step: Callable  # (meta_params, units, meta_step, key) -> (meta_grads, units, metrics)
+
+
+class MetaState(NamedTuple):
+    step: jax.Array  # [] int32, meta-steps done
+    meta_params: Any
+    meta_opt_state: Any
+    units: tuple  # of each task
+
+
+def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
+    """One meta-step of Algorithm 1.
+
+    Args:
+        tasks: Tasks of make_task.
+        meta_optimizer: optax optimizer of meta_params; the paper's is Adam, its gradient clipped.
+        state: MetaState of init.
+        key: the run's key, the same in every step.
+        task_grad_norm: if given, each task's meta-gradient is rescaled to this norm (paper's six-task run: 0.5).
+    Returns:
+        (MetaState, list of each task's metrics; see Task of make_task)
+    """
+    all_meta_grads, all_units, all_metrics = [], [], []
+    for i, task in enumerate(tasks):
+        # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
+        meta_grads, units, metrics = task.step(state.meta_params, state.units[i], state.step, jax.random.fold_in(key, i))
+        if task_grad_norm is not None:
+            meta_grads = rescale(meta_grads, task_grad_norm)
+        all_meta_grads.append(meta_grads)
+        all_units.append(units)
+        all_metrics.append(metrics)
+    meta_grads = jax.tree.map(lambda *grads: sum(grads) / len(grads), *all_meta_grads)
+    meta_params, meta_opt_state = apply(meta_optimizer, meta_grads, state.meta_opt_state, state.meta_params)
+    return MetaState(state.step + 1, meta_params, meta_opt_state, tuple(all_units)), all_metrics
+
+
+def init(tasks, meta_optimizer, meta_params, key):
+    """The MetaState before the first meta-step: fresh units everywhere."""
+    units = tuple(task.init(meta_params, jax.random.fold_in(key, i)) for i, task in enumerate(tasks))
+    return MetaState(jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params), units)
+
+
+def reset_due(meta_step, unit, num_units, reset_interval):
+    """Whether a unit starts afresh at a meta-step: meta_step mod m == floor(linspace(0, m - 1, n))[unit].
+
+    Args: meta_step, unit: integers or integer arrays that broadcast; num_units n; reset_interval m, 0 for never.
+    Returns: bool array.
+    """
+    if reset_interval == 0:
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(meta_step), jnp.shape(unit)), bool)
+    offset = unit * (reset_interval - 1) // max(num_units - 1, 1)
+    return meta_step % reset_interval == offset
+
+
+def meta_gradient(learner, make_optimizer, inner_updates, meta_params, unit, key):
+    """The meta-gradient of one unit: M inner updates, then the agent's loss on a fresh rollout, differentiated by jax.grad.
+
+    The unit's state at the start counts as given, however it came about: the gradient is truncated to these M updates.
+
+    Args:
+        learner: Learner.
+        make_optimizer: meta_params -> optax.GradientTransformation.
+        inner_updates: M.
+        meta_params: pytree.
+        unit: AgentState of one unit.
+        key: jax PRNG key.
+    Returns:
+        (meta_grads like meta_params, unit after the updates, metrics: those of the learner, averaged over the rollouts
+        of the updates and of the meta-loss, and meta_loss)
+    """
+
+    def meta_loss(meta_params):
+        optimizer = make_optimizer(meta_params)
+        *update_keys, loss_key = jax.random.split(key, inner_updates + 1)
+        updated, metrics = jax.lax.scan(lambda u, k: learner.update(optimizer, u, k), unit, jnp.stack(update_keys))
+        loss, (updated, last) = learner.loss(updated, loss_key)
+        metrics = jax.tree.map(lambda xs, x: (xs.sum() + x) / (inner_updates + 1), metrics, last)
+        return loss, (updated, metrics | {"meta_loss": loss})
+
+    meta_grads, (unit, metrics) = jax.grad(meta_loss, has_aux=True)(meta_params)
+    return meta_grads, unit, metrics
+
+
+def make_task(learner, make_optimizer, config=Config(), mesh=None):
+    """What meta_step needs of a task, each function compiled once, its units sharded over a mesh's axis "units".
+
+    Args:
+        learner: Learner.
+        make_optimizer: meta_params -> optax.GradientTransformation, e.g.
+            lambda meta_params: optax.chain(optax.clip(1.0), optim4rl.optim4rl(meta_params, alpha)).
+        config: Config.
+        mesh: jax.sharding.Mesh with the one axis "units"; default: one device.
+    Returns:
+        Task. A unit whose parameters or meta-gradient are not finite is left out of every mean and starts afresh in the
+        next step. metrics: the means of meta_gradient's, and diverged, the number of such units.
+    Raises:
+        ValueError: sizes below one, or units that the devices cannot share equally.
+    """
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("units",)) if mesh is None else mesh
+    num_devices = mesh.devices.size
+    check(config, num_devices)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    units_at_once = config.units_at_once or (1 if on_cpu else config.num_units // num_devices)
+    # A batch of one is a plain loop, in which a reset that is not due costs nothing.
+    each = lambda f, *xs: jax.lax.map(lambda x: f(*x), xs, batch_size=None if units_at_once == 1 else units_at_once)
+    ids = np.arange(config.num_units)
+
+    def fresh(meta_params, key):
+        return learner.init(key, make_optimizer(meta_params))
+
+    def live(meta_params, unit, id, meta_step, key):
+        """One meta-step in the life of one unit."""
+        reset_key, unroll_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, id), meta_step))
+        due = reset_due(meta_step, id, config.num_units, config.reset_interval) | ~all_finite(unit.params)
+        unit = jax.lax.cond(due, lambda: fresh(meta_params, reset_key), lambda: unit)
+        return meta_gradient(learner, make_optimizer, config.inner_updates, meta_params, unit, unroll_key)
+
+    def init_local(meta_params, ids, key):
+        return each(lambda id: fresh(meta_params, jax.random.fold_in(key, id)), ids)
+
+    def step_local(meta_params, units, ids, meta_step, key):
+        meta_grads, units, metrics = each(lambda unit, id: live(meta_params, unit, id, meta_step, key), units, ids)
+        finite = jax.vmap(all_finite)((meta_grads, units.params, metrics))  # (U / devices,)
+        num_finite = jax.lax.psum(finite.sum(), "units")
+
+        def mean(x):  # over the finite units of all devices
+            kept = jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+            return jax.lax.psum(kept.sum(0), "units") / jnp.maximum(num_finite, 1)
+
+        meta_grads, metrics = jax.tree.map(mean, (meta_grads, metrics))
+        return meta_grads, units, metrics | {"diverged": config.num_units - num_finite}
+
+    one, many = PartitionSpec(), PartitionSpec("units")
+    # The replication checker cannot follow a gradient that is averaged by hand: psum makes the outputs equal everywhere.
+    shard = lambda f, ins, outs: jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    init_all = jax.jit(shard(init_local, (one, many, one), many))
+    step_all = jax.jit(shard(step_local, (one, many, many, one, one), (one, many, one)), donate_argnums=1)
+    return Task(
+        init=lambda meta_params, key: init_all(meta_params, ids, key),
+        step=lambda meta_params, units, meta_step, key: step_all(meta_params, units, ids, meta_step, key),
+    )
+
+
+def check(config, num_devices):
+    """Raises ValueError for sizes that make no sense."""
+    for name, least in (("num_units", 1), ("reset_interval", 0), ("inner_updates", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
+    if config.num_units % num_devices:
+        near = config.num_units // num_devices * num_devices
+        choices = " or ".join(str(n) for n in (near, near + num_devices) if n)
+        raise ValueError(f"num_units is {config.num_units}; {num_devices} devices can share {choices} equally")
+
+
+def all_finite(tree):
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+
+
+def rescale(grads, norm):
+    """Gradients of that global norm; zero gradients stay zero."""
+    scale = norm / jnp.maximum(optax.global_norm(grads), 1e-12)
+    return jax.tree.map(lambda g: scale * g, grads)
+
+
+def _apply(meta_optimizer, meta_grads, meta_opt_state, meta_params):
+    updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
+    return optax.apply_updates(meta_params, updates), meta_opt_state
+
+
+apply = jax.jit(_apply, static_argnums=0)
