@@ -196,10 +196,13 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
     shard = lambda f, ins, outs: jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
     init_all = jax.jit(shard(init_local, (one, many, one), many))
     step_all = jax.jit(shard(step_local, (one, many, many, one, one), (one, many, one)), donate_argnums=1)
-    return Task(
-        init=lambda meta_params, key: init_all(meta_params, ids, key),
-        step=lambda meta_params, units, meta_step, key: step_all(meta_params, units, ids, meta_step, key),
-    )
+
+    def step(meta_params, units, meta_step, key):
+        results = step_all(meta_params, units, ids, meta_step, key)
+        # On CPU devices, which share one thread pool, two programs that both wait for a sum can block each other for ever.
+        return jax.block_until_ready(results) if on_cpu else results
+
+    return Task(init=lambda meta_params, key: init_all(meta_params, ids, key), step=step)
 
 
 def check(config, num_devices):

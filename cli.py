@@ -1,0 +1,123 @@
+"""What the programs share at the command line: flags from a config dataclass, one-line errors, devices, a run's folder."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import types
+import typing
+
+import jax
+
+
+class UsageError(Exception):
+    """Bad input: its message is printed in one line and the program exits with status 2."""
+
+
+def parse(config_class, presets, description, argv=None):
+    """A config from the command line: one flag per field, `--preset` choosing the defaults.
+
+    Args:
+        config_class: frozen dataclass; each field has metadata {"help": text}; a tuple field takes a comma-separated list.
+        presets: {name: {field: value}}; the first is the default.
+        description: text for --help.
+        argv: list of strings, by default the process's.
+    """
+    default, *_ = presets
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--preset", choices=list(presets), default=default)
+    preset = choice.parse_known_args(argv)[0].preset
+    start = config_class(**presets[preset])
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})")
+    for field in dataclasses.fields(config_class):
+        value = getattr(start, field.name)
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        help_text = f"{field.metadata['help']} ({'none' if shown in (None, '') else shown})"
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=_reader(field.type), default=value, help=help_text.replace("%", "%%"))
+    values = vars(parser.parse_args(argv))
+    values.pop("preset")
+    return config_class(**values)
+
+
+def _reader(annotation):
+    """The function that reads a flag of that type: str, int, float, tuple[str, ...], tuple[float, ...], or any of them | None."""
+    if isinstance(annotation, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is not tuple:
+        return annotation
+    item = typing.get_args(annotation)[0]
+
+    def comma_separated(text):
+        return tuple(item(part) for part in text.split(",") if part)
+
+    return comma_separated
+
+
+def run(main):
+    """Runs a program's main(); bad input and Ctrl-C end it with one line and the usual exit status."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def use_devices(wanted, divides=None):
+    """The mesh of `wanted` devices (None: all; on a CPU one per core), and a compilation cache for the next start.
+
+    Args:
+        wanted: number of devices or None.
+        divides: if given and wanted is None, the largest number of devices that divides this many units.
+    Returns:
+        jax.sharding.Mesh with the axis "units".
+    """
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"--devices is {wanted}; it must be at least 1")
+    jax.config.update("jax_num_cpu_devices", wanted or os.cpu_count())
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "optim4rl"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    devices = jax.devices()
+    if wanted is not None and wanted > len(devices):
+        raise UsageError(f"--devices is {wanted}, but there are {len(devices)}")
+    count = wanted or (len(devices) if divides is None else math.gcd(divides, len(devices)))
+    return jax.sharding.Mesh(devices[:count], ("units",))
+
+
+def new_folder(out, name, config):
+    """Makes a run's folder and writes its config.json: every field, the command and the versions. Never overwrites a run."""
+    folder = pathlib.Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (folder / "config.json").exists():
+        raise UsageError(f"{folder} already holds a run; choose another folder with --out")
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "optax", "brax", "numpy")}
+    content = {"command": sys.argv, "config": dataclasses.asdict(config), "versions": versions, "python": sys.version.split()[0]}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(content, indent=1))
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
+    return folder
+
+
+def old_folder(path, config):
+    """The folder of a run to go on with; refused if it holds none, or one of another config."""
+    folder = pathlib.Path(path)
+    try:
+        before = json.loads((folder / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{folder} holds no run to resume ({error})") from None
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    free = ("out", "resume", "devices", "checkpoint_every")  # these do not change the result
+    differing = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if name not in free and now[name] != before.get(name)]
+    if differing:
+        raise UsageError(f"{folder} was run with another config: {'; '.join(differing)}")
+    return folder

@@ -1,0 +1,271 @@
+"""Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: section 5).
+
+    python meta_train.py                                    # two small worlds, about 5 minutes on 2 CPU cores
+    python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
+    python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
+
+A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
+checkpoints/, curves.png and, at the end, summary.json with the table.
+"""
+
+import csv
+import json
+import math
+import pathlib
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import a2c
+import cli
+import evaluate
+import gridworld
+import optim4rl
+import pipeline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LEARNED_OPTIMIZERS = {"optim4rl": optim4rl.OPTIM4RL}
+# The paper's reward scale and alpha of each world in meta-training (appendix); elsewhere 1 and 1e-2.
+_PAPER_SETTINGS = {
+    "small_dense_long": (1e3, 1e-3),
+    "small_dense_short": (1e2, 3e-3),
+    "big_sparse_short": (1e2, 3e-3),
+    "big_dense_short": (1e1, 3e-3),
+    "big_sparse_long": (1e1, 1e-3),
+    "big_dense_long": (1.0, 3e-3),
+    "catch": (1.0, 1e-3),
+}
+
+
+def _knob(default, help_text):
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class Config:
+    tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long"), "comma-separated worlds to learn from")
+    optimizer: str = _knob("optim4rl", "learned optimizer")
+    num_units: int = _knob(64, "n: training units of each task")
+    num_envs: int = _knob(1, "environments of a unit")
+    meta_steps: int = _knob(300, "length of the run")
+    reset_interval: int = _knob(72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline")
+    inner_updates: int = _knob(4, "agent updates in a meta-step")
+    meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
+    meta_grad_clip: float = _knob(0.5, "global norm to which the meta-gradient is clipped")
+    task_grad_norm: float | None = _knob(None, "norm to which each task's meta-gradient is rescaled; none: not rescaled")
+    alpha: tuple[float, ...] = _knob((), "learning rate of the learned optimizer, for all tasks or one each; none: the paper's")
+    reward_scale: tuple[float, ...] = _knob((), "factor on rewards, for all tasks or one each; none: the paper's")
+    test_tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long", "small_sparse_short"), "worlds of the final table; none: no table")
+    test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
+    test_envs: int = _knob(64, "environments of an agent in the final table")
+    test_seeds: int = _knob(4, "runs of each optimizer in the final table")
+    test_learning_rates: tuple[float, ...] = _knob((1e-3, 3e-3, 1e-2, 3e-2), "step sizes among which every optimizer of the table is tuned")
+    seed: int = _knob(0, "seed of everything")
+    devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
+    checkpoint_every: float = _knob(120.0, "seconds between checkpoints")
+    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
+    resume: str | None = _knob(None, "folder of an interrupted run to go on with; all other flags must be as they were")
+
+
+PRESETS = {
+    "quick": dict(alpha=(1e-2,), reward_scale=(1.0,)),
+    "paper": dict(
+        tasks=("small_dense_long", "small_dense_short", "big_sparse_short", "big_dense_short", "big_sparse_long", "big_dense_long"),
+        num_units=512,
+        meta_steps=585,
+        reset_interval=288,
+        task_grad_norm=0.5,
+        meta_grad_clip=1e9,
+        test_tasks=gridworld.NAMES,
+        test_steps=5e6,
+        test_envs=512,
+    ),
+}
+
+
+def per_task(values, config, which):
+    """One number per task, from a flag's none (the paper's), one or many."""
+    if not values:
+        return [_PAPER_SETTINGS.get(task, (1.0, 1e-2))[which] for task in config.tasks]
+    if len(values) not in (1, len(config.tasks)):
+        raise cli.UsageError(f"{len(values)} values {values} for {len(config.tasks)} tasks; give one, or one each")
+    return list(values) * (len(config.tasks) // len(values))
+
+
+def make_tasks(config, mesh):
+    """The pipeline's tasks. Gradients are clipped to [-1, 1] in all tasks but catch, as in the paper."""
+    make_learned = LEARNED_OPTIMIZERS[config.optimizer].make
+    settings = pipeline.Config(config.num_units, config.reset_interval, config.inner_updates)
+
+    def make_task(name, alpha, reward_scale):
+        learner = a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=config.num_envs))
+        clip = optax.identity() if name == "catch" else optax.clip(1.0)
+        return pipeline.make_task(learner, lambda meta_params: optax.chain(clip, make_learned(meta_params, alpha)), settings, mesh)
+
+    return list(map(make_task, config.tasks, per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)))
+
+
+def check(config):
+    """Raises UsageError for what cannot be, before anything is written."""
+    if config.optimizer not in LEARNED_OPTIMIZERS:
+        raise cli.UsageError(f"unknown optimizer {config.optimizer!r}; known: {', '.join(LEARNED_OPTIMIZERS)}")
+    if not config.tasks:
+        raise cli.UsageError("--tasks is empty; name at least one")
+    for name in config.tasks + config.test_tasks:
+        if name not in gridworld.NAMES:
+            raise cli.UsageError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES)}")
+    positive = ("num_envs", "meta_steps", "meta_learning_rate", "meta_grad_clip", "test_steps", "test_envs", "test_seeds", "checkpoint_every")
+    for name in positive + ("alpha", "reward_scale", "test_learning_rates", "task_grad_norm"):
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not 0 < value < math.inf:
+                raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+
+
+class Log:
+    """metrics.csv and the numbers of the progress line. Metrics stay on the device until a second has passed."""
+
+    def __init__(self, path, config, step):
+        self.scales = per_task(config.reward_scale, config, 0)
+        self.tasks, self.waiting, self.rows, self.flushed = config.tasks, [], [], time.time()
+        self.names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in config.tasks for name in ("meta_loss", "episode_return", "reward", "diverged")]
+        if step:  # keep the rows that the checkpoint has seen
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
+        self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.names)
+        self.writer.writeheader()
+        self.writer.writerows(self.rows)
+        self.file.flush()
+
+    def add(self, step, metrics):
+        self.waiting.append((step, time.time() - self.start, metrics))
+        if time.time() - self.flushed > 1:
+            self.flush()
+
+    def flush(self):
+        for step, seconds, metrics in jax.device_get(self.waiting):
+            row = {"meta_step": step, "seconds": f"{seconds:.2f}"}
+            for task, scale, values in zip(self.tasks, self.scales, metrics):
+                ended = values["episodes"] > 0
+                row[f"{task}/meta_loss"] = f"{values['meta_loss']:.6g}"
+                row[f"{task}/episode_return"] = f"{values['episode_return_sum'] / values['episodes'] / scale:.6g}" if ended else ""
+                row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
+                row[f"{task}/diverged"] = int(values["diverged"])
+            self.writer.writerow(row)
+            self.rows.append(row)
+        self.file.flush()
+        self.waiting, self.flushed = [], time.time()
+
+    def recent(self):
+        """Means over the last meta-steps, for the progress line."""
+        last = self.rows[-20:]
+        mean = lambda name: np.mean([float(row[name]) for row in last if row[name] != ""] or [math.nan])
+        losses = np.mean([mean(f"{task}/meta_loss") for task in self.tasks])
+        return {"meta-loss": f"{losses:.3g}"} | {f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks}
+
+
+def learn(config, mesh, folder):
+    """The meta-training: returns the learned meta-parameters and the Log's rows."""
+    tasks, learned = make_tasks(config, mesh), LEARNED_OPTIMIZERS[config.optimizer]
+    meta_optimizer = optax.chain(optax.clip_by_global_norm(config.meta_grad_clip), optax.adam(config.meta_learning_rate))
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints:
+        state = pipeline.init(tasks, meta_optimizer, learned.init(init_key), run_key)
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
+        log, saved = Log(folder / "metrics.csv", config, int(state.step)), time.time()
+
+        def save():
+            log.flush()
+            checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
+            optim4rl.save(folder / "optimizer.npz", state.meta_params, {"config": asdict(config), "meta_steps": int(state.step)}, config.optimizer)
+
+        with tqdm(total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True) as bar:
+            try:
+                while bar.n < config.meta_steps:
+                    state, metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
+                    log.add(bar.n, metrics)
+                    bar.set_description("meta-training")
+                    bar.set_postfix(log.recent())
+                    bar.update()
+                    if time.time() - saved > config.checkpoint_every:
+                        save()
+                        saved = time.time()
+            except KeyboardInterrupt:
+                bar.close()
+                if int(state.step) not in checkpoints.all_steps():
+                    save()
+                print(f"\nstopped and saved at meta-step {int(state.step)}; go on with: python meta_train.py --resume {folder}")
+                raise
+        if int(state.step) not in checkpoints.all_steps():
+            save()
+    return state.meta_params, log.rows
+
+
+def plot(path, rows, config):
+    """Meta-loss and episode return of each task over the meta-steps, smoothed over 20 of them."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for task in config.tasks:
+        for axis, name in zip(axes, ("meta_loss", "episode_return")):
+            steps, values = zip(*[(int(r["meta_step"]), float(r[f"{task}/{name}"])) for r in rows if r[f"{task}/{name}"] != ""] or [(0, math.nan)])
+            window = min(20, len(values))
+            axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), label=task)
+    axes[0].set(xlabel="meta-step", ylabel="meta-loss")
+    axes[1].set(xlabel="meta-step", ylabel="episode return, all units")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def test(config, mesh, folder, learned_params):
+    """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
+    meta_params = {"optim4rl": learned_params, "untrained": LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
+    rows = []
+    with tqdm(total=len(config.test_tasks) * len(evaluate.OPTIMIZERS), desc="testing", bar_format="{desc:36} {bar:30} {elapsed} < {remaining}") as bar:
+        for name in config.test_tasks:
+            task = evaluate.make_task(name, config.test_envs)
+            key = jax.random.key(config.seed + 1)
+            for optimizer in evaluate.OPTIMIZERS:
+                bar.set_description(f"testing {optimizer} on {name}")
+                alpha, runs = evaluate.tuned(task, optimizer, meta_params.get(optimizer), config.test_learning_rates, config.test_seeds, key, mesh, config.test_steps, bar.update)
+                rows.append(evaluate.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
+    (folder / "summary.json").write_text(json.dumps(rows, indent=1))
+    print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.0e} steps, {config.test_seeds} seeds: interquartile mean [95% interval].")
+    print(f"Every optimizer tuned over alpha = {config.test_learning_rates}. Never seen: {', '.join(set(config.test_tasks) - set(config.tasks)) or 'none'}.\n")
+    print(evaluate.table(rows))
+
+
+def main(argv=None):
+    config = cli.parse(Config, PRESETS, __doc__, argv)
+    check(config)
+    mesh = cli.use_devices(config.devices, divides=config.num_units)
+    try:
+        pipeline.check(pipeline.Config(config.num_units, config.reset_interval, config.inner_updates), mesh.devices.size)
+        per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)
+    except ValueError as error:
+        raise cli.UsageError(error) from None
+    folder = cli.old_folder(config.resume, config) if config.resume else cli.new_folder(config.out, "meta_train", config)
+    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.num_units} units each of {', '.join(config.tasks)}; results in {folder}")
+    learned_params, rows = learn(config, mesh, folder)
+    plot(folder / "curves.png", rows, config)
+    print(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
+    if config.test_tasks:
+        test(config, mesh, folder, learned_params)
+
+
+if __name__ == "__main__":
+    cli.run(main)

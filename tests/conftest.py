@@ -1,0 +1,29 @@
+"""What the tests share: where they run, and the golden numbers of the paper's reference implementation."""
+
+import os
+import pathlib
+import sys
+
+# Tolerances are those of float32 on a CPU: an accelerator multiplies matrices less exactly. Set the variable to try one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)  # for the tests that share units among devices; all else uses the first
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Arrays by name, e.g. "Optim4RL/updates": outputs of the reference implementation in float32 on a CPU."""
+    with np.load(ROOT / "tests" / "data" / "optim4rl_a2c.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def golden_weights(golden):
+    """Function: prefix -> the arrays below it, e.g. "Optim4RL/param/" -> {"rnn1/ir/kernel": array, ...}."""
+    return lambda prefix: {name.removeprefix(prefix): x for name, x in golden.items() if name.startswith(prefix)}

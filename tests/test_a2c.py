@@ -1,0 +1,171 @@
+"""A2C against golden numbers, plain Python loops, jax's own convolution, and the returns that it should reach."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import a2c
+import gridworld
+
+GOLDEN = dict(rtol=1e-5, atol=1e-6)  # two float32 programs that add in different order
+FLOAT32 = dict(rtol=1e-4, atol=1e-6)  # sums of some hundred float32 terms in different order
+
+
+def test_loss_errors_and_gradients_are_those_of_the_reference(golden):
+    logits, values, actions, rewards, dones = (
+        golden[f"a2c/{name}"][:, None] for name in ("logits", "values", "actions", "rewards", "dones")
+    )
+    loss = lambda logits, values: a2c.a2c_loss(logits, values, actions, rewards, dones, a2c.Config())
+    (value, td_errors), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(logits, values)
+    np.testing.assert_allclose(value, golden["a2c/loss"], **GOLDEN)
+    np.testing.assert_allclose(td_errors[:, 0], golden["a2c/td"], **GOLDEN)
+    np.testing.assert_allclose(grads[0][:, 0], golden["a2c/grad_logits"], **GOLDEN)
+    np.testing.assert_allclose(grads[1][:, 0], golden["a2c/grad_values"], **GOLDEN)
+
+
+def test_lambda_returns_are_those_of_a_python_loop():
+    random, config = np.random.default_rng(0), a2c.Config(discount=0.9, gae_lambda=0.7)
+    rewards, values = random.normal(size=(15, 4)), random.normal(size=(16, 4))
+    dones = (random.random((15, 4)) < 0.3).astype(float)
+    with jax.enable_x64(True):
+        returns = a2c.lambda_returns(rewards, dones, values, config)
+    for n in range(4):
+        for t in range(15):
+            # From its definition, forward: sum of discounted, lambda-weighted TD errors until the episode ends.
+            expected, weight = values[t, n], 1.0
+            for s in range(t, 15):
+                going_on = 1 - dones[s, n]
+                expected += weight * (rewards[s, n] + 0.9 * going_on * values[s + 1, n] - values[s, n])
+                weight *= 0.9 * 0.7 * going_on
+            np.testing.assert_allclose(returns[t, n], expected, rtol=1e-12, atol=1e-12)  # float64
+
+
+def test_targets_carry_no_derivative():
+    config, rewards = a2c.Config(), jnp.ones((5, 2))
+    targets = lambda values: a2c.lambda_returns(rewards, jnp.zeros((5, 2)), values, config).sum()
+    assert not np.any(jax.grad(targets)(jnp.ones((6, 2))))
+
+
+def test_patches_make_a_convolution():
+    random = np.random.default_rng(1)
+    x = random.normal(size=(5, 7, 4, 3)).astype(np.float32)
+    kernel = random.normal(size=(2, 2, 3, 6)).astype(np.float32)
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(a2c.patches_2x2(jnp.asarray(x)) @ kernel.reshape(12, 6), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    "name, shapes",
+    [
+        ("small_dense_long", {"body": (3 * 8 * 6, 32), "policy": (32, 9), "value": (32, 1)}),
+        ("big_dense_long", {"conv": (4 * 11, 16), "body": (5 * 15 * 16, 32), "policy": (32, 9), "value": (32, 1)}),
+        ("catch", {"body": (50, 256), "policy": (256, 3), "value": (256, 1)}),
+    ],
+)
+def test_networks_have_the_shapes_of_the_paper(name, shapes):
+    params = a2c.init_network(jax.random.key(0), gridworld.make(name), a2c.Config())
+    assert {layer: x["kernel"].shape for layer, x in params.items()} == shapes
+    body = params["body"]["kernel"]
+    limit = np.sqrt(3 / body.shape[0])  # LeCun-uniform
+    assert 0.99 * limit < np.abs(body).max() <= limit
+    assert not any(np.any(x["bias"]) for x in params.values())
+
+
+def python_rollout(env, config, params, agent_state, key):
+    """Environment after environment, step after step: (obs [T+1, N, ...], actions, rewards, dones [T, N], last states)."""
+    states = [jax.tree.map(lambda x: x[n], agent_state.env_state) for n in range(config.num_envs)]
+    observe, step, network = jax.jit(env.observe), jax.jit(env.step), jax.jit(a2c.apply_network)
+    all_obs, steps = [], []
+    for step_key in jax.random.split(key, config.rollout_length):
+        action_key, env_key = jax.random.split(step_key)
+        obs = np.stack([observe(state) for state in states])
+        actions = jax.random.categorical(action_key, network(params, obs)[0])
+        results = [step(k, s, a) for k, s, a in zip(jax.random.split(env_key, config.num_envs), states, actions)]
+        states, rewards, dones = zip(*results)
+        all_obs.append(obs)
+        steps.append((np.array(actions), np.array(rewards), np.array(dones, float)))
+    all_obs.append(np.stack([observe(state) for state in states]))
+    return np.stack(all_obs), *map(np.stack, zip(*steps)), states
+
+
+def test_an_update_is_the_gradient_by_hand_averaged_over_environments():
+    env, config = gridworld.make("catch"), a2c.Config(num_envs=3, rollout_length=12)  # an episode of Catch lasts 9
+    learner, optimizer = a2c.make(env, config), optax.sgd(0.5)
+    before = learner.init(jax.random.key(2), optimizer)
+    after, metrics = jax.jit(lambda state, key: learner.update(optimizer, state, key))(before, jax.random.key(3))
+
+    obs, actions, rewards, dones, states = python_rollout(env, config, before.params, before, jax.random.key(3))
+    for n in range(3):  # the environments go on where the loop stopped
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[n], y), after.env_state, states[n])
+
+    @jax.jit
+    def grad_of_one(n):
+        def loss(params):  # the rollout is data here: no gradient can flow through it
+            logits, values = a2c.apply_network(params, jnp.asarray(obs)[:, n])
+            one = (x[:, n : n + 1] if isinstance(n, int) else x[:, n][:, None] for x in map(jnp.asarray, (actions, rewards, dones)))
+            return a2c.a2c_loss(logits[:, None], values[:, None], *one, config)[0]
+
+        return jax.grad(loss)(before.params)
+
+    grads = [grad_of_one(jnp.array(n)) for n in range(3)]
+    expected = jax.tree.map(lambda p, *gs: p - 0.5 * sum(gs) / 3, before.params, *grads)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **FLOAT32), after.params, expected)
+
+    assert metrics["episodes"] == dones.sum() == 3
+    np.testing.assert_allclose(metrics["reward"], rewards.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["episode_return_sum"], rewards[:9].sum(), rtol=1e-6)
+    assert not np.any(after.episode_return)  # a new episode has paid nothing yet
+
+    loss, (moved, _) = learner.loss(before, jax.random.key(3))  # same rollout, same loss, no update
+    np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, (moved.params, moved.env_state), (before.params, after.env_state))
+
+
+def test_returns_are_summed_over_whole_episodes_not_over_rollouts():
+    env, config = gridworld.make("small_dense_short"), a2c.Config(num_envs=40, rollout_length=7)
+    learner, optimizer = a2c.make(env, config), optax.sgd(0.0)
+    update = jax.jit(lambda state, key: learner.update(optimizer, state, key))
+    state, earned, ended = learner.init(jax.random.key(4), optimizer), 0.0, 0.0
+    for key in jax.random.split(jax.random.key(5), 20):
+        state, metrics = update(state, key)
+        earned += metrics["reward"] * 7 * 40
+        ended += metrics["episode_return_sum"]
+    np.testing.assert_allclose(ended + state.episode_return.sum(), earned, rtol=1e-4)  # float32
+
+
+def train(name, optimizer, config, num_updates, key=jax.random.key(6)):
+    """Metrics of successive updates, each [num_updates]."""
+    learner = a2c.make(gridworld.make(name), config)
+
+    @jax.jit
+    def run(key):
+        init_key, *keys = jax.random.split(key, num_updates + 1)
+        state = learner.init(init_key, optimizer)
+        return jax.lax.scan(lambda s, k: learner.update(optimizer, s, k), state, jnp.stack(keys))[1]
+
+    return jax.tree.map(np.asarray, run(key))
+
+
+def test_catch_is_learned_in_half_a_million_steps():
+    metrics = train("catch", optax.adam(1e-3), a2c.Config(num_envs=64), 390)  # 390 * 20 * 64 = 499_200
+    curve = [x.sum() for x in np.split(metrics["episode_return_sum"], 10)]
+    curve = np.array(curve) / [x.sum() for x in np.split(metrics["episodes"], 10)]
+    assert -0.7 < curve[0] < -0.3  # chance is about -0.6; the reference begins with -.56 and ends with .98
+    assert curve[-1] > 0.9
+
+
+@pytest.mark.parametrize("name", gridworld.GRIDWORLDS)
+def test_every_gridworld_is_learned_far_beyond_chance(name):
+    config, optimizer = a2c.Config(num_envs=64), optax.chain(optax.clip(1.0), optax.adam(1e-2))
+    chance = train(name, optax.sgd(0.0), config, 100)["reward"].mean()
+    learned = train(name, optimizer, config, 300)["reward"][-50:].mean()  # of 64_000 steps
+    print(name, chance, learned)
+    assert learned > chance + 0.05
+
+
+@pytest.mark.parametrize("size", ["num_envs", "rollout_length"])
+def test_impossible_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=f"{size} is 0"):
+        a2c.make(gridworld.make("catch"), a2c.Config(**{size: 0}))
