@@ -1,12 +1,14 @@
 """What the programs share at the command line: flags from a config dataclass, one-line errors, devices, a run's folder."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
 import time
 import types
@@ -31,8 +33,9 @@ def parse(config_class, presets, description, argv=None):
     default, *_ = presets
     choice = argparse.ArgumentParser(add_help=False)
     choice.add_argument("--preset", choices=list(presets), default=default)
-    preset = choice.parse_known_args(argv)[0].preset
-    start = config_class(**presets[preset])
+    choice.add_argument("--resume")
+    chosen = choice.parse_known_args(argv)[0]
+    start = read_config(config_class, chosen.resume) if chosen.resume else config_class(**presets[chosen.preset])
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})")
     for field in dataclasses.fields(config_class):
@@ -72,6 +75,23 @@ def run(main):
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def graceful_stop():
+    """Within it, a first Ctrl-C or SIGTERM (a preempted job) only fills the list that it yields; a second one ends the program."""
+    received = []
+
+    def on_signal(number, frame):
+        signal.signal(number, before[number])
+        received.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def use_devices(wanted, divides=None):
     """The mesh of `wanted` devices (None: all; on a CPU one per core), and a compilation cache for the next start.
 
@@ -93,13 +113,18 @@ def use_devices(wanted, divides=None):
     return jax.sharding.Mesh(devices[:count], ("units",))
 
 
+def command():
+    """The command line, without the place where this repository happens to lie."""
+    return " ".join(["python", pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def new_folder(out, name, config):
     """Makes a run's folder and writes its config.json: every field, the command and the versions. Never overwrites a run."""
     folder = pathlib.Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} already holds a run; choose another folder with --out")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "optax", "brax", "numpy")}
-    content = {"command": sys.argv, "config": dataclasses.asdict(config), "versions": versions, "python": sys.version.split()[0]}
+    content = {"command": command(), "config": dataclasses.asdict(config), "versions": versions, "python": sys.version.split()[0]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(content, indent=1))
@@ -108,16 +133,20 @@ def new_folder(out, name, config):
     return folder
 
 
-def old_folder(path, config):
-    """The folder of a run to go on with; refused if it holds none, or one of another config."""
-    folder = pathlib.Path(path)
+def read_config(config_class, folder):
+    """The config of the run in a folder."""
     try:
-        before = json.loads((folder / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+        values = json.loads((pathlib.Path(folder) / "config.json").read_text())["config"]
+        return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder} holds no run to resume ({error})") from None
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def old_folder(folder, config):
+    """The folder of a run to go on with; refused if its config was another one."""
+    before, now = dataclasses.asdict(read_config(type(config), folder)), dataclasses.asdict(config)
     free = ("out", "resume", "devices", "checkpoint_every")  # these do not change the result
-    differing = [f"{name} was {before.get(name)}, now {now[name]}" for name in now if name not in free and now[name] != before.get(name)]
+    differing = [f"{name} was {before[name]}, now {now[name]}" for name in now if name not in free and now[name] != before[name]]
     if differing:
         raise UsageError(f"{folder} was run with another config: {'; '.join(differing)}")
-    return folder
+    return pathlib.Path(folder)

@@ -45,9 +45,6 @@ OPTIMIZERS = {
     "rmsprop": lambda meta_params, alpha: optax.rmsprop(alpha),
 }
 TUNING_SEEDS = 2
-GRID = (1e-3, 3e-3, 1e-2, 3e-2)
-# (task, PPO's settings, optimizer) -> alpha found by an earlier search, so that the default run need not search.
-TUNED = {}
 WEIGHTS = str(pathlib.Path(__file__).parent / "weights" / "optim4rl.npz")
 
 # The paper's test settings: steps, and PPO's knobs (appendix).
@@ -63,10 +60,10 @@ _CPU_PPO = dict(num_envs=64, batch_size=64, num_minibatches=8, rollout_length=10
 
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = field(default=("inverted_double_pendulum",), metadata={"help": "comma-separated task names"})
+    tasks: tuple[str, ...] = field(default=("inverted_pendulum",), metadata={"help": "comma-separated task names"})
     optimizers: tuple[str, ...] = field(default=tuple(OPTIMIZERS), metadata={"help": "comma-separated optimizer names"})
     weights: str = field(default=WEIGHTS, metadata={"help": "weight file of optim4rl"})
-    learning_rate: tuple[float, ...] = field(default=(), metadata={"help": "alpha; several: each optimizer's best; none: TUNED, or GRID"})
+    learning_rate: tuple[float, ...] = field(default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"})
     seeds: int = field(default=3, metadata={"help": "reported runs of each optimizer"})
     steps: float | None = field(default=None, metadata={"help": "environment steps of a run; none: the task's own budget"})
     num_envs: int | None = field(default=None, metadata={"help": "environments of an A2C agent; none: the paper's, 512 (Catch 64)"})
@@ -78,7 +75,7 @@ class Config:
 
 PRESETS = {
     "quick": {},
-    "paper": dict(tasks=tuple(_PAPER_PPO), learning_rate=(3e-5, 3e-4), seeds=10, ppo="paper"),
+    "paper": dict(tasks=tuple(_PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 
 
@@ -90,6 +87,7 @@ class Task(NamedTuple):
     clip: float | None  # gradients are clipped element-wise to [-clip, clip]; not on catch, as in the paper
     steps_per_update: int
     steps: float
+    learning_rates: tuple  # among which every optimizer is tuned
 
 
 @functools.cache
@@ -99,13 +97,13 @@ def make_task(name, num_envs=None, ppo_settings="small"):
         config = a2c.Config(num_envs=num_envs if num_envs is not None else 64 if name == "catch" else 512)
         learner = a2c.make(gridworld.make(name), config)
         steps = 5e5 if name == "catch" else 3e6
-        return Task(name, learner, None if name == "catch" else 1.0, config.num_envs * config.rollout_length, steps)
+        return Task(name, learner, None if name == "catch" else 1.0, config.num_envs * config.rollout_length, steps, (3e-3, 1e-2, 3e-2, 1e-1))
     if name not in brax_env.NAMES:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES + brax_env.NAMES)}")
-    steps, knobs = _PAPER_PPO.get(name, _PAPER_PPO["ant"]) if ppo_settings == "paper" else (1e6, _CPU_PPO)
+    steps, knobs = _PAPER_PPO.get(name, _PAPER_PPO["ant"]) if ppo_settings == "paper" else (5e5, _CPU_PPO)
     config = ppo.Config(**knobs)
     learner = ppo.make(brax_env.make(name), config)
-    return Task(name, learner, 1.0, config.batch_size * config.num_minibatches * config.rollout_length, steps)
+    return Task(name, learner, 1.0, config.batch_size * config.num_minibatches * config.rollout_length, steps, (3e-4, 1e-3, 3e-3, 1e-2))
 
 
 class Runs(NamedTuple):
@@ -166,8 +164,8 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
         Runs
     """
     num_updates = max(1, round((steps or task.steps) / task.steps_per_update))
-    points = min(50, num_updates)
-    updates = -(-num_updates // points)
+    updates = max(1, num_updates // 50)
+    points = round(num_updates / updates)
     init, advance = _compiled(task, OPTIMIZERS[optimizer], mesh, updates)
     # A CPU is fastest with one run a device, so all groups of runs share one compiled program; an accelerator takes all at once.
     size = mesh.devices.size if _on_cpu(mesh) else -(-len(alphas) // mesh.devices.size) * mesh.devices.size
@@ -299,7 +297,7 @@ def main(argv=None):
         for task in tasks:
             key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))  # the same seeds for every optimizer
             for optimizer in config.optimizers:
-                rates = config.learning_rate or TUNED.get((task.name, config.ppo, optimizer)) or GRID
+                rates = config.learning_rate or task.learning_rates
                 with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format="{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}") as bar:
                     progress = lambda part: bar.update(100 * part)
                     alpha, runs = tuned(task, optimizer, meta_params.get(optimizer), rates, config.seeds, key, mesh, config.steps, progress)

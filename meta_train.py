@@ -11,17 +11,15 @@ checkpoints/, curves.png and, at the end, summary.json with the table.
 import csv
 import json
 import math
-import pathlib
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import a2c
@@ -57,35 +55,33 @@ class Config:
     optimizer: str = _knob("optim4rl", "learned optimizer")
     num_units: int = _knob(64, "n: training units of each task")
     num_envs: int = _knob(1, "environments of a unit")
-    meta_steps: int = _knob(300, "length of the run")
+    meta_steps: int = _knob(400, "length of the run")
     reset_interval: int = _knob(72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline")
     inner_updates: int = _knob(4, "agent updates in a meta-step")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
-    meta_grad_clip: float = _knob(0.5, "global norm to which the meta-gradient is clipped")
-    task_grad_norm: float | None = _knob(None, "norm to which each task's meta-gradient is rescaled; none: not rescaled")
+    meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
+    task_grad_norm: float | None = _knob(0.5, "norm to which each task's meta-gradient is rescaled; none: not rescaled")
     alpha: tuple[float, ...] = _knob((), "learning rate of the learned optimizer, for all tasks or one each; none: the paper's")
     reward_scale: tuple[float, ...] = _knob((), "factor on rewards, for all tasks or one each; none: the paper's")
     test_tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long", "small_sparse_short"), "worlds of the final table; none: no table")
     test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
     test_envs: int = _knob(64, "environments of an agent in the final table")
     test_seeds: int = _knob(4, "runs of each optimizer in the final table")
-    test_learning_rates: tuple[float, ...] = _knob((1e-3, 3e-3, 1e-2, 3e-2), "step sizes among which every optimizer of the table is tuned")
+    test_learning_rates: tuple[float, ...] = _knob((3e-3, 1e-2, 3e-2, 1e-1), "step sizes among which every optimizer of the table is tuned")
     seed: int = _knob(0, "seed of everything")
     devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
     checkpoint_every: float = _knob(120.0, "seconds between checkpoints")
     out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
-    resume: str | None = _knob(None, "folder of an interrupted run to go on with; all other flags must be as they were")
+    resume: str | None = _knob(None, "folder of an interrupted run to go on with, its config taken from there")
 
 
 PRESETS = {
-    "quick": dict(alpha=(1e-2,), reward_scale=(1.0,)),
+    "quick": {},
     "paper": dict(
         tasks=("small_dense_long", "small_dense_short", "big_sparse_short", "big_dense_short", "big_sparse_long", "big_dense_long"),
         num_units=512,
         meta_steps=585,
         reset_interval=288,
-        task_grad_norm=0.5,
-        meta_grad_clip=1e9,
         test_tasks=gridworld.NAMES,
         test_steps=5e6,
         test_envs=512,
@@ -177,42 +173,45 @@ class Log:
 
 
 def learn(config, mesh, folder):
-    """The meta-training: returns the learned meta-parameters and the Log's rows."""
+    """The meta-training, from the last checkpoint in the folder if there is one: returns the learned meta-parameters and the Log's rows."""
     tasks, learned = make_tasks(config, mesh), LEARNED_OPTIMIZERS[config.optimizer]
     meta_optimizer = optax.chain(optax.clip_by_global_norm(config.meta_grad_clip), optax.adam(config.meta_learning_rate))
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints:
+    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints, cli.graceful_stop() as stop:
         state = pipeline.init(tasks, meta_optimizer, learned.init(init_key), run_key)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        state = jax.device_put(state._replace(units=()), everywhere)._replace(units=state.units)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
-        log, saved = Log(folder / "metrics.csv", config, int(state.step)), time.time()
-
-        def save():
-            log.flush()
-            checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
-            optim4rl.save(folder / "optimizer.npz", state.meta_params, {"config": asdict(config), "meta_steps": int(state.step)}, config.optimizer)
-
-        with tqdm(total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True) as bar:
-            try:
-                while bar.n < config.meta_steps:
-                    state, metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
-                    log.add(bar.n, metrics)
-                    bar.set_description("meta-training")
-                    bar.set_postfix(log.recent())
-                    bar.update()
-                    if time.time() - saved > config.checkpoint_every:
-                        save()
-                        saved = time.time()
-            except KeyboardInterrupt:
-                bar.close()
-                if int(state.step) not in checkpoints.all_steps():
-                    save()
-                print(f"\nstopped and saved at meta-step {int(state.step)}; go on with: python meta_train.py --resume {folder}")
-                raise
-        if int(state.step) not in checkpoints.all_steps():
-            save()
+        log, saved, step = Log(folder / "metrics.csv", config, int(state.step)), time.time(), int(state.step)
+        with tqdm(total=config.meta_steps, initial=step, desc="compiling", unit="meta-step", dynamic_ncols=True) as bar:
+            while step < config.meta_steps and not stop:
+                state, metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
+                log.add(step, metrics)
+                step += 1
+                bar.set_description("meta-training", refresh=False)
+                bar.set_postfix(log.recent(), refresh=False)
+                bar.update()
+                if time.time() - saved > config.checkpoint_every or step == config.meta_steps or stop:
+                    save(checkpoints, folder, config, state, log)
+                    saved = time.time()
+    if stop and step < config.meta_steps:
+        print(f"\nstopped and saved after {step} meta-steps; go on with: python meta_train.py --resume {folder}")
+        raise SystemExit(128 + stop[0])
     return state.meta_params, log.rows
+
+
+def save(checkpoints, folder, config, state, log):
+    """Everything that a resumed run needs, and the weights of now for evaluate.py."""
+    log.flush()
+    checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
+    save_weights(folder, config, state.meta_params, {"meta_steps": int(state.step)})
+
+
+def save_weights(folder, config, meta_params, metadata):
+    metadata = {"command": cli.command(), "config": asdict(config)} | metadata
+    optim4rl.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
 
 
 def plot(path, rows, config):
@@ -244,6 +243,7 @@ def test(config, mesh, folder, learned_params):
                 alpha, runs = evaluate.tuned(task, optimizer, meta_params.get(optimizer), config.test_learning_rates, config.test_seeds, key, mesh, config.test_steps, bar.update)
                 rows.append(evaluate.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
+    save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
     print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.0e} steps, {config.test_seeds} seeds: interquartile mean [95% interval].")
     print(f"Every optimizer tuned over alpha = {config.test_learning_rates}. Never seen: {', '.join(set(config.test_tasks) - set(config.tasks)) or 'none'}.\n")
     print(evaluate.table(rows))

@@ -1,0 +1,168 @@
+"""The programs as a user runs them: real processes, real files."""
+
+import csv
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import evaluate
+import meta_train
+import optim4rl
+import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
+TINY_TEST = "--test-steps 4e3 --test-envs 4 --test-seeds 2 --test-learning-rates 1e-2"
+
+
+def start(program, flags, **options):
+    command = [sys.executable, str(ROOT / program), *flags.split()]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(program, flags):
+    process = start(program, flags)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meta") / "run"
+    code, out, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
+    assert code == 0, err
+    return folder, out
+
+
+def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
+    folder, out = whole_run
+    assert [int(row["meta_step"]) for row in read_csv(folder / "metrics.csv")] == list(range(6))
+    _, metadata = optim4rl.load(folder / "optimizer.npz")
+    assert metadata["meta_steps"] == 6 and metadata["config"]["num_units"] == 4
+    assert json.loads((folder / "config.json").read_text())["versions"]["jax"] == jax.__version__
+    assert (folder / "curves.png").stat().st_size > 1000
+    rows = json.loads((folder / "summary.json").read_text())
+    assert [row["optimizer"] for row in rows] == list(evaluate.OPTIMIZERS)
+    assert all(-1 <= row["final"] <= 1 for row in rows) and "rmsprop" in out
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    process = start("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder} --checkpoint-every 1e-9")
+    metrics = folder / "metrics.csv"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume {folder}" in out and "Traceback" not in err
+    code, _, err = finish("meta_train.py", f"--resume {folder}")
+    assert code == 0, err
+    once, twice = (optim4rl.load(path / "optimizer.npz")[0] for path in (whole_run[0], folder))
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+    assert [row["meta_step"] for row in read_csv(metrics)] == [str(step) for step in range(6)]
+
+
+def test_a_resume_with_another_config_is_refused(whole_run):
+    folder, _ = whole_run
+    code, _, err = finish("meta_train.py", f"--num-units 8 --resume {folder}")
+    assert code == 2 and "num_units was 4, now 8" in err and len(err.splitlines()) == 1
+
+
+def test_a_run_is_never_overwritten(whole_run):
+    folder, _ = whole_run
+    before = (folder / "optimizer.npz").read_bytes()
+    code, _, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
+    assert code == 2 and "already holds a run" in err and (folder / "optimizer.npz").read_bytes() == before
+
+
+def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run, tmp_path):
+    weights, folder = whole_run[0] / "optimizer.npz", tmp_path / "evaluation"
+    flags = f"--tasks catch,inverted_pendulum --optimizers optim4rl,adam --weights {weights} --learning-rate 1e-3 --seeds 2 --steps 1.5e4"
+    code, out, err = finish("evaluate.py", f"{flags} --out {folder}")
+    assert code == 0, err
+    curves = read_csv(folder / "curves.csv")
+    assert {(row["task"], row["optimizer"], row["run"]) for row in curves} == {
+        (task, optimizer, run) for task in ("catch", "inverted_pendulum") for optimizer in ("optim4rl", "adam") for run in "01"
+    }
+    assert len(json.loads((folder / "summary.json").read_text())) == 4
+    assert (folder / "curves.png").stat().st_size > 1000 and "interval" in out
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        ("meta_train.py", "--tasks small_dense", "small_dense_short, small_dense_long"),
+        ("meta_train.py", "--num-units 5 --devices 2", "4 or 6"),
+        ("meta_train.py", "--out /proc/nowhere", "cannot write to /proc/nowhere"),
+        ("evaluate.py", "--weights no/such/file.npz", "no/such/file.npz"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
+    code, _, err = finish(program, flags)
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(optimizer="adamw"), "known: optim4rl"),
+        (dict(tasks=()), "empty"),
+        (dict(test_tasks=("moon",)), "unknown task 'moon'"),
+        (dict(num_envs=0), "--num-envs is 0"),
+        (dict(meta_steps=-1), "--meta-steps is -1"),
+        (dict(meta_learning_rate=float("nan")), "--meta-learning-rate is nan"),
+        (dict(alpha=(1e-3, -1.0)), "--alpha is -1.0"),
+    ],
+)
+def test_impossible_meta_training_is_refused(changes, message):
+    with pytest.raises(cli.UsageError, match=message):
+        meta_train.check(meta_train.Config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(optimizers=("adam", "sgd")), "unknown optimizer 'sgd'; known: optim4rl"),
+        (dict(tasks=("moon",)), "unknown task 'moon'; known: small_sparse_short"),
+        (dict(seeds=0), "--seeds is 0"),
+        (dict(steps=-1.0), "--steps is -1.0"),
+        (dict(tasks=("catch",), num_envs=0), "num_envs is 0"),
+        (dict(learning_rate=(0.0,)), "--learning-rate is 0.0"),
+        (dict(ppo="large"), "known: small, paper"),
+    ],
+)
+def test_impossible_evaluations_are_refused(changes, message):
+    with pytest.raises(cli.UsageError, match=message):
+        evaluate.check(evaluate.Config(**{"optimizers": ("adam",), **changes}))
+
+
+def test_weights_of_another_kind_or_size_are_refused(tmp_path):
+    other, large = tmp_path / "other.npz", tmp_path / "large.npz"
+    optim4rl.save(other, optim4rl.init_meta_params(jax.random.key(0)), kind="star")
+    optim4rl.save(large, optim4rl.init_meta_params(jax.random.key(0), hidden_size=16))
+    for path, message in ((other, "'star'"), (large, "expected")):
+        with pytest.raises(cli.UsageError, match=message):
+            evaluate.check(evaluate.Config(optimizers=("optim4rl",), weights=str(path)))
+
+
+def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
+    values = np.random.default_rng(0).normal(size=400)
+    few, many = evaluate.interval(values[:10]), evaluate.interval(values)
+    assert few[1] <= few[0] <= few[2] and many[2] - many[1] < few[2] - few[1]
+    assert evaluate.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
+
+
+def test_points_without_an_ended_episode_take_the_value_before():
+    sums, episodes = np.array([[0.0, 6.0, 0.0, 4.0]]), np.array([[0, 2, 0, 1]])
+    np.testing.assert_array_equal(evaluate._fill(sums, episodes), [[3.0, 3.0, 3.0, 4.0]])
