@@ -101,15 +101,12 @@ def test_an_update_is_the_gradient_by_hand_averaged_over_environments():
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[n], y), after.env_state, states[n])
 
     @jax.jit
-    def grad_of_one(n):
-        def loss(params):  # the rollout is data here: no gradient can flow through it
-            logits, values = a2c.apply_network(params, jnp.asarray(obs)[:, n])
-            one = (x[:, n : n + 1] if isinstance(n, int) else x[:, n][:, None] for x in map(jnp.asarray, (actions, rewards, dones)))
-            return a2c.a2c_loss(logits[:, None], values[:, None], *one, config)[0]
+    @jax.grad
+    def grad_of_one(params, obs, *steps):  # the rollout is data here: no gradient can flow through it
+        logits, values = a2c.apply_network(params, obs)
+        return a2c.a2c_loss(logits[:, None], values[:, None], *(x[:, None] for x in steps), config)[0]
 
-        return jax.grad(loss)(before.params)
-
-    grads = [grad_of_one(jnp.array(n)) for n in range(3)]
+    grads = [grad_of_one(before.params, *(x[:, n] for x in (obs, actions, rewards, dones))) for n in range(3)]
     expected = jax.tree.map(lambda p, *gs: p - 0.5 * sum(gs) / 3, before.params, *grads)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **FLOAT32), after.params, expected)
 
@@ -135,34 +132,55 @@ def test_returns_are_summed_over_whole_episodes_not_over_rollouts():
     np.testing.assert_allclose(ended + state.episode_return.sum(), earned, rtol=1e-4)  # float32
 
 
-def train(name, optimizer, config, num_updates, key=jax.random.key(6)):
-    """Metrics of successive updates, each [num_updates]."""
-    learner = a2c.make(gridworld.make(name), config)
+def train(name, make_optimizer, chunk, learning_rates_and_chunks):
+    """For each (learning rate, number of chunks of updates): the metrics of each chunk, summed over its updates.
+
+    An update is 20 steps in 64 environments. All compile once.
+    """
+    learner = a2c.make(gridworld.make(name), a2c.Config(num_envs=64))
 
     @jax.jit
-    def run(key):
-        init_key, *keys = jax.random.split(key, num_updates + 1)
-        state = learner.init(init_key, optimizer)
-        return jax.lax.scan(lambda s, k: learner.update(optimizer, s, k), state, jnp.stack(keys))[1]
+    def run(learning_rate, state, keys):
+        optimizer = make_optimizer(learning_rate)
+        state, metrics = jax.lax.scan(lambda s, k: learner.update(optimizer, s, k), state, keys)
+        return state, jax.tree.map(jnp.sum, metrics)
 
-    return jax.tree.map(np.asarray, run(key))
+    for learning_rate, num_chunks in learning_rates_and_chunks:
+        state, curve = learner.init(jax.random.key(6), make_optimizer(learning_rate)), []
+        for key in jax.random.split(jax.random.key(7), num_chunks):
+            state, metrics = run(learning_rate, state, jax.random.split(key, chunk))
+            curve.append(metrics)
+        yield jax.tree.map(lambda *xs: np.stack(xs), *curve)
 
 
 def test_catch_is_learned_in_half_a_million_steps():
-    metrics = train("catch", optax.adam(1e-3), a2c.Config(num_envs=64), 390)  # 390 * 20 * 64 = 499_200
-    curve = [x.sum() for x in np.split(metrics["episode_return_sum"], 10)]
-    curve = np.array(curve) / [x.sum() for x in np.split(metrics["episodes"], 10)]
-    assert -0.7 < curve[0] < -0.3  # chance is about -0.6; the reference begins with -.56 and ends with .98
-    assert curve[-1] > 0.9
+    (metrics,) = train("catch", optax.adam, 39, [(1e-3, 10)])  # 390 * 20 * 64 = 499_200
+    returns = metrics["episode_return_sum"] / metrics["episodes"]
+    assert -0.7 < returns[0] < -0.3  # chance is about -0.6; the reference begins with -.56 and ends with .98
+    assert returns[-1] > 0.9
 
 
-@pytest.mark.parametrize("name", gridworld.GRIDWORLDS)
-def test_every_gridworld_is_learned_far_beyond_chance(name):
-    config, optimizer = a2c.Config(num_envs=64), optax.chain(optax.clip(1.0), optax.adam(1e-2))
-    chance = train(name, optax.sgd(0.0), config, 100)["reward"].mean()
-    learned = train(name, optimizer, config, 300)["reward"][-50:].mean()  # of 64_000 steps
-    print(name, chance, learned)
-    assert learned > chance + 0.05
+# Updates, and the reward a step at their end that is asked for: about half of what was measured. Big worlds take most of
+# the time, and differ only in shape and respawn: here the fastest and the slowest to learn.
+WORLDS = {
+    "small_sparse_short": (150, 0.006),
+    "small_sparse_long": (150, 0.003),
+    "small_dense_short": (150, 0.03),
+    "small_dense_long": (150, 0.01),
+    "big_dense_short": (250, 0.0017),
+    "big_sparse_long": (250, 0.0013),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_gridworlds_are_learned_far_beyond_chance(name):
+    num_updates, least = WORLDS[name]
+    make_optimizer = lambda learning_rate: optax.chain(optax.clip(1.0), optax.adam(learning_rate))
+    curves = train(name, make_optimizer, 50, [(1e-2, num_updates // 50), (0.0, 2)])
+    learned, chance = (curve["reward"] / 50 for curve in curves)
+    print(name, learned, chance)
+    assert abs(chance.mean()) < 0.001  # good and bad objects are found equally often
+    assert learned[-1] > least
 
 
 @pytest.mark.parametrize("size", ["num_envs", "rollout_length"])

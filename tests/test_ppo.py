@@ -1,0 +1,178 @@
+"""ppo.py against Brax's own loss and statistics, NumPy, the chain rule, and a robot that it must balance."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from brax.training import distribution, types
+from brax.training.acme import running_statistics, specs
+from brax.training.agents.ppo import losses
+from brax.training.agents.ppo import networks as brax_networks
+
+import brax_env
+import ppo
+
+T, B, D, A = 6, 16, 5, 2
+CONFIG = ppo.Config(num_envs=B, batch_size=B, num_minibatches=1, rollout_length=T, policy_hidden=(8, 8), value_hidden=(16, 16))
+
+
+def random_params(key):
+    policy_key, value_key = jax.random.split(key)
+    return {
+        "policy": ppo.init_mlp(policy_key, (D, *CONFIG.policy_hidden, 2 * A)),
+        "value": ppo.init_mlp(value_key, (D, *CONFIG.value_hidden, 1)),
+    }
+
+
+def random_data(key):
+    keys = jax.random.split(key, 6)
+    truncated = jax.random.bernoulli(keys[4], 0.15, (T, B))
+    return ppo.Trajectories(
+        obs=jax.random.normal(keys[0], (T + 1, B, D)),
+        raw_action=jax.random.normal(keys[1], (T, B, A)),
+        log_prob=jax.random.normal(keys[2], (T, B)) - 2,
+        reward=jax.random.normal(keys[3], (T, B)),
+        terminated=jax.random.bernoulli(keys[5], 0.15, (T, B)) & ~truncated,
+        truncated=truncated,
+    )
+
+
+def brax_loss(params, data, key):
+    """Brax's loss of the same weights and data; its transitions are [B, T] and hold each next observation."""
+    network = brax_networks.make_ppo_networks(
+        D, A, policy_hidden_layer_sizes=CONFIG.policy_hidden, value_hidden_layer_sizes=CONFIG.value_hidden
+    )
+    rename = lambda layers: {"params": {name.replace("layer", "hidden"): layer for name, layer in layers.items()}}
+    swap = lambda x: jnp.swapaxes(jnp.asarray(x, jnp.float32), 0, 1)
+    transitions = types.Transition(
+        observation=swap(data.obs[:-1]),
+        action=swap(jnp.tanh(data.raw_action)),
+        reward=swap(data.reward),
+        discount=swap(1 - (data.terminated | data.truncated)),
+        next_observation=swap(data.obs[1:]),
+        extras={
+            "state_extras": {"truncation": swap(data.truncated)},
+            "policy_extras": {
+                "raw_action": swap(data.raw_action),
+                "log_prob": swap(data.log_prob),
+                "distribution_params": swap(jnp.ones((T, B, 2 * A))),
+            },
+        },
+    )
+    return losses.compute_ppo_loss(
+        losses.PPONetworkParams(policy=rename(params["policy"]), value=rename(params["value"])),
+        None,
+        transitions,
+        key,
+        network,
+        entropy_cost=CONFIG.entropy_cost,
+        discounting=CONFIG.discount,
+        reward_scaling=CONFIG.reward_scale,
+        gae_lambda=CONFIG.gae_lambda,
+        clipping_epsilon=CONFIG.clip_epsilon,
+        vf_coefficient=CONFIG.value_cost,
+    )[0]
+
+
+def test_loss_and_gradient_agree_with_braxs_own():
+    params, data = random_params(jax.random.key(0)), random_data(jax.random.key(10))
+    key = jax.random.key(20)  # the entropy's sample has the same shape and key in both
+    ours, our_grads = jax.jit(jax.value_and_grad(ppo.ppo_loss), static_argnums=3)(params, data, key, CONFIG)
+    theirs, their_grads = jax.jit(jax.value_and_grad(brax_loss))(params, data, key)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    # Sums over a batch in another order: float32 rounding, relative to the largest entries.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), our_grads, their_grads)
+
+
+def test_advantages_and_targets_agree_with_braxs_own():
+    data, values = random_data(jax.random.key(0)), jax.random.normal(jax.random.key(1), (T + 1, B))
+    ours = ppo.gae(data.reward, values[:-1], values[-1], data.terminated, data.truncated, 0.97, 0.95)
+    truncated, terminated = (x.astype(jnp.float32) for x in (data.truncated, data.terminated))
+    theirs = losses.compute_gae(truncated, terminated, data.reward, values[:-1], values[-1], 0.95, 0.97)
+    for our, their in zip(ours, theirs):
+        np.testing.assert_allclose(our, their, rtol=1e-5, atol=1e-6)
+    assert data.truncated.any() and data.terminated.any()
+    assert not ours[1][data.truncated].any()  # a step that the time limit cut teaches nothing
+
+
+def test_log_prob_and_entropy_agree_with_braxs_tanh_normal():
+    parameters, raw = jax.random.normal(jax.random.key(0), (32, 2 * A)) * 2, jax.random.normal(jax.random.key(1), (32, A)) * 3
+    loc, scale = parameters[:, :A], jax.nn.softplus(parameters[:, A:]) + 1e-3
+    theirs = distribution.NormalTanhDistribution(A)
+    np.testing.assert_allclose(ppo.log_prob(loc, scale, raw), theirs.log_prob(parameters, raw), rtol=1e-5)
+    key = jax.random.key(2)
+    np.testing.assert_allclose(ppo.entropy(loc, scale, key), theirs.entropy(parameters, key), rtol=1e-5, atol=1e-5)
+
+
+def test_observation_statistics_agree_with_brax_and_with_numpy():
+    batches = [3 + 2 * jax.random.normal(key, (4, 8, D)) for key in jax.random.split(jax.random.key(0), 5)]
+    ours, theirs = ppo.init_obs_stats(D), running_statistics.init_state(specs.Array((D,), jnp.dtype("float32")))
+    for batch in batches:
+        ours, theirs = ppo.update_obs_stats(ours, batch), running_statistics.update(theirs, batch)
+    np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-5)
+    np.testing.assert_allclose(ours.std, theirs.std, rtol=1e-5)
+    everything = np.concatenate(batches).reshape(-1, D)
+    np.testing.assert_allclose(ours.mean, everything.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(ours.std, everything.std(0), rtol=1e-5)
+
+
+def point_env():
+    """A toy: the state moves by the action and pays its negative square."""
+
+    def step(key, x, action):
+        x = x + 0.3 * action[0]
+        return x, -(x**2), jnp.array(False), jnp.array(False)
+
+    return brax_env.Env(jax.random.normal, step, lambda x: x[None], (1,), 1, "point")
+
+
+TOY = ppo.Config(num_envs=8, batch_size=8, num_minibatches=2, num_epochs=2, policy_hidden=(8,), value_hidden=(8,), reward_scale=1.0)
+
+
+def test_ppo_learns_on_any_environment():
+    learner, optimizer = ppo.make(point_env(), TOY), optax.adam(1e-2)
+    agent = learner.init(jax.random.key(0), optimizer)
+    _, metrics = jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, jax.random.split(jax.random.key(1), 200))
+    assert metrics["reward"][-20:].mean() > 0.2 * metrics["reward"][:20].mean() - 0.01  # both negative: a fifth of the cost
+
+
+def test_the_meta_gradient_is_the_chain_rule_through_the_optimizer():
+    # One optimizer step, params' = params - alpha g: d loss(params') / d alpha = -<grad loss(params'), g>.
+    config = dataclasses.replace(TOY, num_epochs=1, num_minibatches=1)
+    learner, alpha = ppo.make(point_env(), config), 0.1
+    agent = learner.init(jax.random.key(0), optax.sgd(0.0))
+    update = lambda alpha: learner.update(optax.sgd(alpha), agent, jax.random.key(1))[0]
+    meta_grad = jax.jit(jax.grad(lambda alpha: learner.loss(update(alpha), jax.random.key(2))[0]))(alpha)
+    updated = jax.jit(update)(alpha)
+    loss_of = lambda params: learner.loss(updated._replace(params=params), jax.random.key(2))[0]
+    loss_grads = jax.jit(jax.grad(loss_of))(updated.params)
+    grads = jax.tree.map(lambda before, after: (before - after) / alpha, agent.params, updated.params)
+    by_hand = -sum(jnp.vdot(*pair) for pair in zip(jax.tree.leaves(loss_grads), jax.tree.leaves(grads)))
+    np.testing.assert_allclose(meta_grad, by_hand, rtol=1e-3)  # g is a difference of float32 numbers
+
+
+def test_nothing_is_differentiated_through_rollouts():
+    learner = ppo.make(point_env(), TOY)
+    agent = learner.init(jax.random.key(0), optax.sgd(0.0))
+    reward = lambda params: learner.loss(agent._replace(params=params), jax.random.key(1))[1][1]["reward"]
+    assert not any(g.any() for g in jax.tree.leaves(jax.jit(jax.grad(reward))(agent.params)))
+
+
+@pytest.mark.parametrize("changes", [dict(num_envs=0), dict(num_envs=7, batch_size=8, num_minibatches=1), dict(discount=1.5)])
+def test_impossible_configs_are_refused(changes):
+    with pytest.raises(ValueError):
+        ppo.Config(**changes)
+
+
+def test_the_pendulum_is_balanced():
+    config = ppo.Config(num_envs=64, batch_size=64, num_minibatches=8, rollout_length=10, entropy_cost=1e-3, value_hidden=(64,) * 3)
+    learner, optimizer = ppo.make(brax_env.make("inverted_pendulum"), config), optax.adam(3e-3)
+    agent = jax.jit(lambda key: learner.init(key, optimizer))(jax.random.key(0))
+    train = jax.jit(lambda agent, keys: jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys))
+    agent, metrics = train(agent, jax.random.split(jax.random.key(1), 100))
+    returns = lambda part: metrics["episode_return_sum"][part].sum() / metrics["episodes"][part].sum()
+    # A random policy falls after some 20 steps; 1000 is the most.
+    assert returns(slice(0, 2)) < 60 and returns(slice(80, 100)) > 250
