@@ -165,7 +165,9 @@ def collect(env, config, params, agent_state, key):
         return (env_state, episode_return), (obs, actions, rewards, dones.astype(rewards.dtype), ended_return)
 
     carry = (agent_state.env_state, agent_state.episode_return)
-    carry, (obs, actions, rewards, dones, returns) = jax.lax.scan(step, carry, jax.random.split(key, config.rollout_length))
+    carry, (obs, actions, rewards, dones, returns) = jax.lax.scan(
+        step, carry, jax.random.split(key, config.rollout_length)
+    )
     last_obs = jax.vmap(env.observe)(carry[0])
     rollout = Rollout(jnp.concatenate([obs, last_obs[None]]), actions, rewards, dones)
     metrics = {"reward": rewards.mean(), "episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}

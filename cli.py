@@ -37,7 +37,9 @@ def parse(config_class, presets, description, argv=None):
     chosen = choice.parse_known_args(argv)[0]
     start = read_config(config_class, chosen.resume) if chosen.resume else config_class(**presets[chosen.preset])
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})")
+    parser.add_argument(
+        "--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})"
+    )
     for field in dataclasses.fields(config_class):
         value = getattr(start, field.name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -124,7 +126,12 @@ def new_folder(out, name, config):
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} already holds a run; choose another folder with --out")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "optax", "brax", "numpy")}
-    content = {"command": command(), "config": dataclasses.asdict(config), "versions": versions, "python": sys.version.split()[0]}
+    content = {
+        "command": command(),
+        "config": dataclasses.asdict(config),
+        "versions": versions,
+        "python": sys.version.split()[0],
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(content, indent=1))
@@ -137,7 +144,9 @@ def read_config(config_class, folder):
     """The config of the run in a folder."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_text())["config"]
-        return config_class(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        return config_class(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder} holds no run to resume ({error})") from None
 
@@ -146,7 +155,9 @@ def old_folder(folder, config):
     """The folder of a run to go on with; refused if its config was another one."""
     before, now = dataclasses.asdict(read_config(type(config), folder)), dataclasses.asdict(config)
     free = ("out", "resume", "devices", "checkpoint_every")  # these do not change the result
-    differing = [f"{name} was {before[name]}, now {now[name]}" for name in now if name not in free and now[name] != before[name]]
+    differing = [
+        f"{name} was {before[name]}, now {now[name]}" for name in now if name not in free and now[name] != before[name]
+    ]
     if differing:
         raise UsageError(f"{folder} was run with another config: {'; '.join(differing)}")
     return pathlib.Path(folder)

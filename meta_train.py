@@ -8,15 +8,12 @@ A run's folder receives config.json, metrics.csv (one row a meta-step), optimize
 checkpoints/, curves.png and, at the end, summary.json with the table.
 """
 
-import csv
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
 
 import jax
-import matplotlib
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,13 +21,11 @@ from tqdm import tqdm
 
 import a2c
 import cli
-import evaluate
+import compare
 import gridworld
+import metrics
 import optim4rl
 import pipeline
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LEARNED_OPTIMIZERS = {"optim4rl": optim4rl.OPTIM4RL}
 # The paper's reward scale and alpha of each world in meta-training (appendix); elsewhere 1 and 1e-2.
@@ -56,18 +51,26 @@ class Config:
     num_units: int = _knob(64, "n: training units of each task")
     num_envs: int = _knob(1, "environments of a unit")
     meta_steps: int = _knob(400, "length of the run")
-    reset_interval: int = _knob(72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline")
+    reset_interval: int = _knob(
+        72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
+    )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
     task_grad_norm: float | None = _knob(0.5, "norm to which each task's meta-gradient is rescaled; none: not rescaled")
-    alpha: tuple[float, ...] = _knob((), "learning rate of the learned optimizer, for all tasks or one each; none: the paper's")
+    alpha: tuple[float, ...] = _knob(
+        (), "learning rate of the learned optimizer, for all tasks or one each; none: the paper's"
+    )
     reward_scale: tuple[float, ...] = _knob((), "factor on rewards, for all tasks or one each; none: the paper's")
-    test_tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long", "small_sparse_short"), "worlds of the final table; none: no table")
+    test_tasks: tuple[str, ...] = _knob(
+        ("small_dense_short", "small_dense_long", "small_sparse_short"), "worlds of the final table; none: no table"
+    )
     test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
     test_envs: int = _knob(64, "environments of an agent in the final table")
     test_seeds: int = _knob(4, "runs of each optimizer in the final table")
-    test_learning_rates: tuple[float, ...] = _knob((3e-3, 1e-2, 3e-2, 1e-1), "step sizes among which every optimizer of the table is tuned")
+    test_learning_rates: tuple[float, ...] = _knob(
+        (3e-3, 1e-2, 3e-2, 1e-1), "step sizes among which every optimizer of the table is tuned"
+    )
     seed: int = _knob(0, "seed of everything")
     devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
     checkpoint_every: float = _knob(120.0, "seconds between checkpoints")
@@ -78,7 +81,14 @@ class Config:
 PRESETS = {
     "quick": {},
     "paper": dict(
-        tasks=("small_dense_long", "small_dense_short", "big_sparse_short", "big_dense_short", "big_sparse_long", "big_dense_long"),
+        tasks=(
+            "small_dense_long",
+            "small_dense_short",
+            "big_sparse_short",
+            "big_dense_short",
+            "big_sparse_long",
+            "big_dense_long",
+        ),
         num_units=512,
         meta_steps=585,
         reset_interval=288,
@@ -106,9 +116,13 @@ def make_tasks(config, mesh):
     def make_task(name, alpha, reward_scale):
         learner = a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=config.num_envs))
         clip = optax.identity() if name == "catch" else optax.clip(1.0)
-        return pipeline.make_task(learner, lambda meta_params: optax.chain(clip, make_learned(meta_params, alpha)), settings, mesh)
+        return pipeline.make_task(
+            learner, lambda meta_params: optax.chain(clip, make_learned(meta_params, alpha)), settings, mesh
+        )
 
-    return list(map(make_task, config.tasks, per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)))
+    return list(
+        map(make_task, config.tasks, per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0))
+    )
 
 
 def check(config):
@@ -120,7 +134,16 @@ def check(config):
     for name in config.tasks + config.test_tasks:
         if name not in gridworld.NAMES:
             raise cli.UsageError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES)}")
-    positive = ("num_envs", "meta_steps", "meta_learning_rate", "meta_grad_clip", "test_steps", "test_envs", "test_seeds", "checkpoint_every")
+    positive = (
+        "num_envs",
+        "meta_steps",
+        "meta_learning_rate",
+        "meta_grad_clip",
+        "test_steps",
+        "test_envs",
+        "test_seeds",
+        "checkpoint_every",
+    )
     for name in positive + ("alpha", "reward_scale", "test_learning_rates", "task_grad_norm"):
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
@@ -128,67 +151,34 @@ def check(config):
                 raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
 
 
-class Log:
-    """metrics.csv and the numbers of the progress line. Metrics stay on the device until a second has passed."""
-
-    def __init__(self, path, config, step):
-        self.scales = per_task(config.reward_scale, config, 0)
-        self.tasks, self.waiting, self.rows, self.flushed = config.tasks, [], [], time.time()
-        self.names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in config.tasks for name in ("meta_loss", "episode_return", "reward", "diverged")]
-        if step:  # keep the rows that the checkpoint has seen
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
-        self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.names)
-        self.writer.writeheader()
-        self.writer.writerows(self.rows)
-        self.file.flush()
-
-    def add(self, step, metrics):
-        self.waiting.append((step, time.time() - self.start, metrics))
-        if time.time() - self.flushed > 1:
-            self.flush()
-
-    def flush(self):
-        for step, seconds, metrics in jax.device_get(self.waiting):
-            row = {"meta_step": step, "seconds": f"{seconds:.2f}"}
-            for task, scale, values in zip(self.tasks, self.scales, metrics):
-                ended = values["episodes"] > 0
-                row[f"{task}/meta_loss"] = f"{values['meta_loss']:.6g}"
-                row[f"{task}/episode_return"] = f"{values['episode_return_sum'] / values['episodes'] / scale:.6g}" if ended else ""
-                row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
-                row[f"{task}/diverged"] = int(values["diverged"])
-            self.writer.writerow(row)
-            self.rows.append(row)
-        self.file.flush()
-        self.waiting, self.flushed = [], time.time()
-
-    def recent(self):
-        """Means over the last meta-steps, for the progress line."""
-        last = self.rows[-20:]
-        mean = lambda name: np.mean([float(row[name]) for row in last if row[name] != ""] or [math.nan])
-        losses = np.mean([mean(f"{task}/meta_loss") for task in self.tasks])
-        return {"meta-loss": f"{losses:.3g}"} | {f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks}
-
-
 def learn(config, mesh, folder):
     """The meta-training, from the last checkpoint in the folder if there is one: returns the learned meta-parameters and the Log's rows."""
     tasks, learned = make_tasks(config, mesh), LEARNED_OPTIMIZERS[config.optimizer]
-    meta_optimizer = optax.chain(optax.clip_by_global_norm(config.meta_grad_clip), optax.adam(config.meta_learning_rate))
+    meta_optimizer = optax.chain(
+        optax.clip_by_global_norm(config.meta_grad_clip), optax.adam(config.meta_learning_rate)
+    )
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints, cli.graceful_stop() as stop:
+    with (
+        ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints,
+        cli.graceful_stop() as stop,
+    ):
         state = pipeline.init(tasks, meta_optimizer, learned.init(init_key), run_key)
         everywhere = NamedSharding(mesh, PartitionSpec())
         state = jax.device_put(state._replace(units=()), everywhere)._replace(units=state.units)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
-        log, saved, step = Log(folder / "metrics.csv", config, int(state.step)), time.time(), int(state.step)
+        log, saved, step = (
+            metrics.Log(
+                folder / "metrics.csv", config.tasks, per_task(config.reward_scale, config, 0), int(state.step)
+            ),
+            time.time(),
+            int(state.step),
+        )
         with tqdm(total=config.meta_steps, initial=step, desc="compiling", unit="meta-step", dynamic_ncols=True) as bar:
             while step < config.meta_steps and not stop:
-                state, metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
-                log.add(step, metrics)
+                state, step_metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
+                log.add(step, step_metrics)
                 step += 1
                 bar.set_description("meta-training", refresh=False)
                 bar.set_postfix(log.recent(), refresh=False)
@@ -214,39 +204,42 @@ def save_weights(folder, config, meta_params, metadata):
     optim4rl.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
 
 
-def plot(path, rows, config):
-    """Meta-loss and episode return of each task over the meta-steps, smoothed over 20 of them."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for task in config.tasks:
-        for axis, name in zip(axes, ("meta_loss", "episode_return")):
-            steps, values = zip(*[(int(r["meta_step"]), float(r[f"{task}/{name}"])) for r in rows if r[f"{task}/{name}"] != ""] or [(0, math.nan)])
-            window = min(20, len(values))
-            axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), label=task)
-    axes[0].set(xlabel="meta-step", ylabel="meta-loss")
-    axes[1].set(xlabel="meta-step", ylabel="episode return, all units")
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     meta_params = {"optim4rl": learned_params, "untrained": LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
     rows = []
-    with tqdm(total=len(config.test_tasks) * len(evaluate.OPTIMIZERS), desc="testing", bar_format="{desc:36} {bar:30} {elapsed} < {remaining}") as bar:
+    with tqdm(
+        total=len(config.test_tasks) * len(compare.OPTIMIZERS),
+        desc="testing",
+        bar_format="{desc:36} {bar:30} {elapsed} < {remaining}",
+    ) as bar:
         for name in config.test_tasks:
-            task = evaluate.make_task(name, config.test_envs)
+            task = compare.make_task(name, config.test_envs)
             key = jax.random.key(config.seed + 1)
-            for optimizer in evaluate.OPTIMIZERS:
+            for optimizer in compare.OPTIMIZERS:
                 bar.set_description(f"testing {optimizer} on {name}")
-                alpha, runs = evaluate.tuned(task, optimizer, meta_params.get(optimizer), config.test_learning_rates, config.test_seeds, key, mesh, config.test_steps, bar.update)
-                rows.append(evaluate.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
+                alpha, runs = compare.tuned(
+                    task,
+                    optimizer,
+                    meta_params.get(optimizer),
+                    config.test_learning_rates,
+                    config.test_seeds,
+                    key,
+                    mesh,
+                    config.test_steps,
+                    bar.update,
+                )
+                rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
-    print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.0e} steps, {config.test_seeds} seeds: interquartile mean [95% interval].")
-    print(f"Every optimizer tuned over alpha = {config.test_learning_rates}. Never seen: {', '.join(set(config.test_tasks) - set(config.tasks)) or 'none'}.\n")
-    print(evaluate.table(rows))
+    print(
+        f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.0e} steps, {config.test_seeds} seeds: interquartile mean [95% interval]."
+    )
+    print(
+        f"Every optimizer tuned over alpha = {config.test_learning_rates}. Never seen: {', '.join(set(config.test_tasks) - set(config.tasks)) or 'none'}.\n"
+    )
+    print(compare.table(rows))
 
 
 def main(argv=None):
@@ -254,14 +247,20 @@ def main(argv=None):
     check(config)
     mesh = cli.use_devices(config.devices, divides=config.num_units)
     try:
-        pipeline.check(pipeline.Config(config.num_units, config.reset_interval, config.inner_updates), mesh.devices.size)
+        pipeline.check(
+            pipeline.Config(config.num_units, config.reset_interval, config.inner_updates), mesh.devices.size
+        )
         per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)
     except ValueError as error:
         raise cli.UsageError(error) from None
-    folder = cli.old_folder(config.resume, config) if config.resume else cli.new_folder(config.out, "meta_train", config)
-    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.num_units} units each of {', '.join(config.tasks)}; results in {folder}")
+    folder = (
+        cli.old_folder(config.resume, config) if config.resume else cli.new_folder(config.out, "meta_train", config)
+    )
+    print(
+        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.num_units} units each of {', '.join(config.tasks)}; results in {folder}"
+    )
     learned_params, rows = learn(config, mesh, folder)
-    plot(folder / "curves.png", rows, config)
+    metrics.plot(folder / "curves.png", rows, config.tasks)
     print(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
     if config.test_tasks:
         test(config, mesh, folder, learned_params)

@@ -30,7 +30,7 @@ Copy this file: needs jax, optax, numpy.
 import json
 import os
 import zipfile
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp

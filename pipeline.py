@@ -84,7 +84,9 @@ def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
     all_meta_grads, all_units, all_metrics = [], [], []
     for i, task in enumerate(tasks):
         # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
-        meta_grads, units, metrics = task.step(state.meta_params, state.units[i], state.step, jax.random.fold_in(key, i))
+        meta_grads, units, metrics = task.step(
+            state.meta_params, state.units[i], state.step, jax.random.fold_in(key, i)
+        )
         if task_grad_norm is not None:
             meta_grads = rescale(meta_grads, task_grad_norm)
         all_meta_grads.append(meta_grads)

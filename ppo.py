@@ -72,7 +72,9 @@ class Config:
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} is {getattr(self, size)}; it must be at least 1")
         if self.batch_size * self.num_minibatches % self.num_envs:
-            raise ValueError(f"batch_size * num_minibatches = {self.batch_size * self.num_minibatches} is not a multiple of num_envs = {self.num_envs}")
+            raise ValueError(
+                f"batch_size * num_minibatches = {self.batch_size * self.num_minibatches} is not a multiple of num_envs = {self.num_envs}"
+            )
         for fraction in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, fraction) <= 1:
                 raise ValueError(f"{fraction} is {getattr(self, fraction)}; it must lie between 0 and 1")
@@ -221,7 +223,9 @@ def ppo_loss(params, data, key, config):
     """
     obs, values = data.obs[:-1], value(params, data.obs[:-1])
     bootstrap, rewards = value(params, data.obs[-1]), config.reward_scale * data.reward
-    targets, advantages = gae(rewards, values, bootstrap, data.terminated, data.truncated, config.discount, config.gae_lambda)
+    targets, advantages = gae(
+        rewards, values, bootstrap, data.terminated, data.truncated, config.discount, config.gae_lambda
+    )
     if config.normalize_advantages:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 1e-8: they may all be equal
     loc, scale = policy(params, obs)
@@ -297,7 +301,9 @@ def init_mlp(key, sizes):
     """LeCun-uniform kernels, zero biases: {"layer_0": {"kernel" [in, out], "bias" [out]}, ...}."""
     keys, kernel = jax.random.split(key, len(sizes) - 1), jax.nn.initializers.lecun_uniform()
     shapes = zip(sizes[:-1], sizes[1:])
-    return {f"layer_{i}": {"kernel": kernel(keys[i], shape), "bias": jnp.zeros(shape[1])} for i, shape in enumerate(shapes)}
+    return {
+        f"layer_{i}": {"kernel": kernel(keys[i], shape), "bias": jnp.zeros(shape[1])} for i, shape in enumerate(shapes)
+    }
 
 
 def mlp(layers, x):

@@ -160,8 +160,8 @@ def test_catch_is_learned_in_half_a_million_steps():
     assert returns[-1] > 0.9
 
 
-# Updates, and the reward a step at their end that is asked for: about half of what was measured. Big worlds take most of
-# the time, and differ only in shape and respawn: here the fastest and the slowest to learn.
+# Updates, and by how much the reward a step at their end must exceed that of a random policy: about half of what was
+# measured (its standard error is 0.0006). Big worlds take most of the time: here the fastest and the slowest to learn.
 WORLDS = {
     "small_sparse_short": (150, 0.006),
     "small_sparse_long": (150, 0.003),
@@ -178,9 +178,7 @@ def test_gridworlds_are_learned_far_beyond_chance(name):
     make_optimizer = lambda learning_rate: optax.chain(optax.clip(1.0), optax.adam(learning_rate))
     curves = train(name, make_optimizer, 50, [(1e-2, num_updates // 50), (0.0, 2)])
     learned, chance = (curve["reward"] / 50 for curve in curves)
-    print(name, learned, chance)
-    assert abs(chance.mean()) < 0.001  # good and bad objects are found equally often
-    assert learned[-1] > least
+    assert learned[-1] - chance.mean() > least
 
 
 @pytest.mark.parametrize("size", ["num_envs", "rollout_length"])

@@ -207,7 +207,9 @@ def test_nothing_ever_stands_in_the_wall(name):
 def test_reward_scale_multiplies_every_reward_and_nothing_else(name):
     keys = jax.random.split(jax.random.key(9), 300)
     actions = np.random.default_rng(10).integers(0, 3, 300)
-    plain, scaled = (play(env, keys, actions, env.reset(keys[0])) for env in (gridworld.make(name), gridworld.make(name, 100.0)))
+    plain, scaled = (
+        play(env, keys, actions, env.reset(keys[0])) for env in (gridworld.make(name), gridworld.make(name, 100.0))
+    )
     np.testing.assert_array_equal(scaled[0], 100 * plain[0])
     np.testing.assert_array_equal(scaled[1], plain[1])
     np.testing.assert_array_equal(scaled[2], plain[2])

@@ -191,7 +191,9 @@ def test_it_composes_with_multi_transform():
     updates, _ = optimizer.update(TREE, optimizer.init(TREE))
     np.testing.assert_allclose(updates["vector"], -0.5 * TREE["vector"])
     for name in ("scalar", "matrix"):
-        np.testing.assert_allclose(updates[name], rule.update(TREE[name], rule.init(TREE[name]))[0], rtol=1e-5)  # float32
+        np.testing.assert_allclose(
+            updates[name], rule.update(TREE[name], rule.init(TREE[name]))[0], rtol=1e-5
+        )  # float32
 
 
 def test_it_composes_with_inject_hyperparams():
@@ -239,11 +241,20 @@ def write_bad_file(path, fault, monkeypatch):
         path.write_text("not weights\n" * 100)
     if fault == "foreign":
         np.savez(path, a=np.ones(3))
+    if fault == "flipped bit":  # "encrypted", in the first entry of the table of contents
+        data = bytearray(path.read_bytes())
+        data[data.index(b"PK\x01\x02") + 8] ^= 1
+        path.write_bytes(data)
+    if fault == "no metadata":
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        np.savez(path, **arrays | {"header": np.array('{"version": 1, "kind": "optim4rl"}')})
     if fault == "pickled":
         np.savez(path, header=np.array({"version": 1}, dtype=object))
 
 
-FAULTS = ("truncated", "empty", "text", "foreign", "pickled", "other hidden size", "other version", "other kind")
+FAULTS = ("truncated", "empty", "flipped bit", "text", "foreign", "no metadata", "pickled")
+FAULTS += ("other hidden size", "other version", "other kind")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -16,7 +16,9 @@ import brax_env
 import ppo
 
 T, B, D, A = 6, 16, 5, 2
-CONFIG = ppo.Config(num_envs=B, batch_size=B, num_minibatches=1, rollout_length=T, policy_hidden=(8, 8), value_hidden=(16, 16))
+CONFIG = ppo.Config(
+    num_envs=B, batch_size=B, num_minibatches=1, rollout_length=T, policy_hidden=(8, 8), value_hidden=(16, 16)
+)
 
 
 def random_params(key):
@@ -99,7 +101,10 @@ def test_advantages_and_targets_agree_with_braxs_own():
 
 
 def test_log_prob_and_entropy_agree_with_braxs_tanh_normal():
-    parameters, raw = jax.random.normal(jax.random.key(0), (32, 2 * A)) * 2, jax.random.normal(jax.random.key(1), (32, A)) * 3
+    parameters, raw = (
+        jax.random.normal(jax.random.key(0), (32, 2 * A)) * 2,
+        jax.random.normal(jax.random.key(1), (32, A)) * 3,
+    )
     loc, scale = parameters[:, :A], jax.nn.softplus(parameters[:, A:]) + 1e-3
     theirs = distribution.NormalTanhDistribution(A)
     np.testing.assert_allclose(ppo.log_prob(loc, scale, raw), theirs.log_prob(parameters, raw), rtol=1e-5)
@@ -129,14 +134,20 @@ def point_env():
     return brax_env.Env(jax.random.normal, step, lambda x: x[None], (1,), 1, "point")
 
 
-TOY = ppo.Config(num_envs=8, batch_size=8, num_minibatches=2, num_epochs=2, policy_hidden=(8,), value_hidden=(8,), reward_scale=1.0)
+TOY = ppo.Config(
+    num_envs=8, batch_size=8, num_minibatches=2, num_epochs=2, policy_hidden=(8,), value_hidden=(8,), reward_scale=1.0
+)
 
 
 def test_ppo_learns_on_any_environment():
     learner, optimizer = ppo.make(point_env(), TOY), optax.adam(1e-2)
     agent = learner.init(jax.random.key(0), optimizer)
-    _, metrics = jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, jax.random.split(jax.random.key(1), 200))
-    assert metrics["reward"][-20:].mean() > 0.2 * metrics["reward"][:20].mean() - 0.01  # both negative: a fifth of the cost
+    _, metrics = jax.lax.scan(
+        lambda a, k: learner.update(optimizer, a, k), agent, jax.random.split(jax.random.key(1), 200)
+    )
+    assert (
+        metrics["reward"][-20:].mean() > 0.2 * metrics["reward"][:20].mean() - 0.01
+    )  # both negative: a fifth of the cost
 
 
 def test_the_meta_gradient_is_the_chain_rule_through_the_optimizer():
@@ -161,14 +172,18 @@ def test_nothing_is_differentiated_through_rollouts():
     assert not any(g.any() for g in jax.tree.leaves(jax.jit(jax.grad(reward))(agent.params)))
 
 
-@pytest.mark.parametrize("changes", [dict(num_envs=0), dict(num_envs=7, batch_size=8, num_minibatches=1), dict(discount=1.5)])
+@pytest.mark.parametrize(
+    "changes", [dict(num_envs=0), dict(num_envs=7, batch_size=8, num_minibatches=1), dict(discount=1.5)]
+)
 def test_impossible_configs_are_refused(changes):
     with pytest.raises(ValueError):
         ppo.Config(**changes)
 
 
 def test_the_pendulum_is_balanced():
-    config = ppo.Config(num_envs=64, batch_size=64, num_minibatches=8, rollout_length=10, entropy_cost=1e-3, value_hidden=(64,) * 3)
+    config = ppo.Config(
+        num_envs=64, batch_size=64, num_minibatches=8, rollout_length=10, entropy_cost=1e-3, value_hidden=(64,) * 3
+    )
     learner, optimizer = ppo.make(brax_env.make("inverted_pendulum"), config), optax.adam(3e-3)
     agent = jax.jit(lambda key: learner.init(key, optimizer))(jax.random.key(0))
     train = jax.jit(lambda agent, keys: jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys))

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+import cli
+import compare
 import evaluate
 import meta_train
 import optim4rl
-import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
@@ -53,7 +54,7 @@ def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
     assert json.loads((folder / "config.json").read_text())["versions"]["jax"] == jax.__version__
     assert (folder / "curves.png").stat().st_size > 1000
     rows = json.loads((folder / "summary.json").read_text())
-    assert [row["optimizer"] for row in rows] == list(evaluate.OPTIMIZERS)
+    assert [row["optimizer"] for row in rows] == list(compare.OPTIMIZERS)
     assert all(-1 <= row["final"] <= 1 for row in rows) and "rmsprop" in out
 
 
@@ -93,7 +94,10 @@ def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run,
     assert code == 0, err
     curves = read_csv(folder / "curves.csv")
     assert {(row["task"], row["optimizer"], row["run"]) for row in curves} == {
-        (task, optimizer, run) for task in ("catch", "inverted_pendulum") for optimizer in ("optim4rl", "adam") for run in "01"
+        (task, optimizer, run)
+        for task in ("catch", "inverted_pendulum")
+        for optimizer in ("optim4rl", "adam")
+        for run in "01"
     }
     assert len(json.loads((folder / "summary.json").read_text())) == 4
     assert (folder / "curves.png").stat().st_size > 1000 and "interval" in out
@@ -158,11 +162,11 @@ def test_weights_of_another_kind_or_size_are_refused(tmp_path):
 
 def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     values = np.random.default_rng(0).normal(size=400)
-    few, many = evaluate.interval(values[:10]), evaluate.interval(values)
+    few, many = compare.interval(values[:10]), compare.interval(values)
     assert few[1] <= few[0] <= few[2] and many[2] - many[1] < few[2] - few[1]
-    assert evaluate.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
+    assert compare.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
 
 
 def test_points_without_an_ended_episode_take_the_value_before():
     sums, episodes = np.array([[0.0, 6.0, 0.0, 4.0]]), np.array([[0, 2, 0, 1]])
-    np.testing.assert_array_equal(evaluate._fill(sums, episodes), [[3.0, 3.0, 3.0, 4.0]])
+    np.testing.assert_array_equal(compare._fill(sums, episodes), [[3.0, 3.0, 3.0, 4.0]])

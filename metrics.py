@@ -1,0 +1,80 @@
+"""The metrics of a meta-training run: written to metrics.csv as it goes, kept without gaps over a resume, drawn at the end."""
+
+import csv
+import math
+import time
+
+import jax
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+class Log:
+    """metrics.csv and the numbers of the progress line. Metrics stay on the device until a second has passed."""
+
+    def __init__(self, path, tasks, reward_scales, step):
+        self.tasks, self.scales = tasks, reward_scales
+        self.waiting, self.rows, self.flushed = [], [], time.time()
+        self.names = ["meta_step", "seconds"] + [
+            f"{task}/{name}" for task in tasks for name in ("meta_loss", "episode_return", "reward", "diverged")
+        ]
+        if step:  # keep the rows that the checkpoint has seen
+            with open(path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
+        self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.names)
+        self.writer.writeheader()
+        self.writer.writerows(self.rows)
+        self.file.flush()
+
+    def add(self, step, metrics):
+        self.waiting.append((step, time.time() - self.start, metrics))
+        if time.time() - self.flushed > 1:
+            self.flush()
+
+    def flush(self):
+        for step, seconds, metrics in jax.device_get(self.waiting):
+            row = {"meta_step": step, "seconds": f"{seconds:.2f}"}
+            for task, scale, values in zip(self.tasks, self.scales, metrics):
+                ended = values["episodes"] > 0
+                row[f"{task}/meta_loss"] = f"{values['meta_loss']:.6g}"
+                row[f"{task}/episode_return"] = (
+                    f"{values['episode_return_sum'] / values['episodes'] / scale:.6g}" if ended else ""
+                )
+                row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
+                row[f"{task}/diverged"] = int(values["diverged"])
+            self.writer.writerow(row)
+            self.rows.append(row)
+        self.file.flush()
+        self.waiting, self.flushed = [], time.time()
+
+    def recent(self):
+        """Means over the last meta-steps, for the progress line."""
+        last = self.rows[-20:]
+        mean = lambda name: np.mean([float(row[name]) for row in last if row[name] != ""] or [math.nan])
+        losses = np.mean([mean(f"{task}/meta_loss") for task in self.tasks])
+        return {"meta-loss": f"{losses:.3g}"} | {
+            f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks
+        }
+
+
+def plot(path, rows, tasks):
+    """Meta-loss and episode return of each task over the meta-steps, smoothed over 20 of them."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for task in tasks:
+        for axis, name in zip(axes, ("meta_loss", "episode_return")):
+            steps, values = zip(
+                *[(int(r["meta_step"]), float(r[f"{task}/{name}"])) for r in rows if r[f"{task}/{name}"] != ""]
+                or [(0, math.nan)]
+            )
+            window = min(20, len(values))
+            axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), label=task)
+    axes[0].set(xlabel="meta-step", ylabel="meta-loss", yscale="symlog")  # each task has its reward scale
+    axes[1].set(xlabel="meta-step", ylabel="episode return, all units")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
