@@ -24,8 +24,9 @@ Example:
         name: str = "bandit"
     learner, optimizer = a2c.make(Env(), a2c.Config(num_envs=8)), optax.adam(1e-2)
     agent_state = learner.init(jax.random.key(0), optimizer)
+    update = jax.jit(lambda agent_state, key: learner.update(optimizer, agent_state, key))
     for key in jax.random.split(jax.random.key(1), 20):
-        agent_state, metrics = learner.update(optimizer, agent_state, key)
+        agent_state, metrics = update(agent_state, key)
 
 NOTE: the convolution takes the observation as it lies, planes x rows as space and columns as channels, as the reference does.
 Copy this file: needs jax, optax.

@@ -10,6 +10,7 @@ run), summary.json and curves.png.
 """
 
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -105,6 +106,27 @@ def check(config):
     return tasks, meta_params
 
 
+def report(config, task, optimizer, meta_params, mesh):
+    """Tunes and trains with one optimizer, under a progress bar: (row of the table, Runs)."""
+    # Keys depend on seed and task alone: every optimizer sees the same ones.
+    key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))
+    rates = config.learning_rate or task.learning_rates
+    bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
+    with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format=bar_format) as bar:
+        progress = lambda part: bar.update(min(100 * part, 100 - bar.n))
+        alpha, runs = compare.tuned(
+            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress
+        )
+    return compare.summarize(task, optimizer, alpha, runs), runs
+
+
+def write_curves(writer, row, runs):
+    """The curves of one optimizer as rows of curves.csv."""
+    for i, returns in enumerate(runs.returns):
+        for step, value in zip(runs.steps, returns):
+            writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
+
+
 def main(argv=None):
     config = cli.parse(Config, PRESETS, __doc__, argv)
     mesh = cli.use_devices(config.devices)
@@ -115,36 +137,12 @@ def main(argv=None):
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
-        for task in tasks:
-            key = jax.random.fold_in(
-                jax.random.key(config.seed), sum(map(ord, task.name))
-            )  # the same seeds for every optimizer
-            for optimizer in config.optimizers:
-                rates = config.learning_rate or task.learning_rates
-                with tqdm(
-                    total=100,
-                    desc=f"{task.name} {optimizer}",
-                    bar_format="{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}",
-                ) as bar:
-                    progress = lambda part: bar.update(100 * part)
-                    alpha, runs = compare.tuned(
-                        task,
-                        optimizer,
-                        meta_params.get(optimizer),
-                        rates,
-                        config.seeds,
-                        key,
-                        mesh,
-                        config.steps,
-                        progress,
-                    )
-                rows.append(compare.summarize(task, optimizer, alpha, runs))
-                curves.append((task.name, optimizer, runs))
-                for i, returns in enumerate(runs.returns):
-                    writer.writerows(
-                        [task.name, optimizer, alpha, i, int(s), f"{r:.6g}"] for s, r in zip(runs.steps, returns)
-                    )
-                file.flush()
+        for task, optimizer in itertools.product(tasks, config.optimizers):
+            row, runs = report(config, task, optimizer, meta_params.get(optimizer), mesh)
+            rows.append(row)
+            curves.append((task.name, optimizer, runs))
+            write_curves(writer, row, runs)
+            file.flush()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     plot(folder / "curves.png", curves)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")

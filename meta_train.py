@@ -8,6 +8,7 @@ A run's folder receives config.json, metrics.csv (one row a meta-step), optimize
 checkpoints/, curves.png and, at the end, summary.json with the table.
 """
 
+import itertools
 import json
 import math
 import time
@@ -57,7 +58,7 @@ class Config:
     inner_updates: int = _knob(4, "agent updates in a meta-step")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
-    task_grad_norm: float | None = _knob(0.5, "norm to which each task's meta-gradient is rescaled; none: not rescaled")
+    task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
     alpha: tuple[float, ...] = _knob(
         (), "learning rate of the learned optimizer, for all tasks or one each; none: the paper's"
     )
@@ -144,50 +145,52 @@ def check(config):
         "test_seeds",
         "checkpoint_every",
     )
-    for name in positive + ("alpha", "reward_scale", "test_learning_rates", "task_grad_norm"):
+    for name in positive + ("alpha", "reward_scale", "test_learning_rates"):
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if value is not None and not 0 < value < math.inf:
+            if not 0 < value < math.inf:
                 raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    if not 0 <= config.task_grad_norm < math.inf:
+        raise cli.UsageError(f"--task-grad-norm is {config.task_grad_norm}; it must be positive, or 0")
 
 
 def learn(config, mesh, folder):
-    """The meta-training, from the last checkpoint in the folder if there is one: returns the learned meta-parameters and the Log's rows."""
-    tasks, learned = make_tasks(config, mesh), LEARNED_OPTIMIZERS[config.optimizer]
-    meta_optimizer = optax.chain(
-        optax.clip_by_global_norm(config.meta_grad_clip), optax.adam(config.meta_learning_rate)
-    )
+    """The meta-training, from the folder's last checkpoint if it has one: returns the meta-parameters and metrics.csv's rows."""
+    tasks = make_tasks(config, mesh)
+    clip = optax.clip_by_global_norm(config.meta_grad_clip)
+    meta_optimizer = optax.chain(clip, optax.adam(config.meta_learning_rate))
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    meta_params = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with (
-        ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options) as checkpoints,
-        cli.graceful_stop() as stop,
-    ):
-        state = pipeline.init(tasks, meta_optimizer, learned.init(init_key), run_key)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        state = jax.device_put(state._replace(units=()), everywhere)._replace(units=state.units)
+    checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+    with checkpoints, cli.graceful_stop() as stop:
+        state = pipeline.init(tasks, meta_optimizer, meta_params, run_key)
+        # All but the units lies on every device, and must come back from a checkpoint so.
+        shared = jax.device_put(state._replace(units=()), NamedSharding(mesh, PartitionSpec()))
+        state = shared._replace(units=state.units)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
-        log, saved, step = (
-            metrics.Log(
-                folder / "metrics.csv", config.tasks, per_task(config.reward_scale, config, 0), int(state.step)
-            ),
-            time.time(),
-            int(state.step),
+        scales, saved = per_task(config.reward_scale, config, 0), time.time()
+        log = metrics.Log(folder / "metrics.csv", config.tasks, scales, int(state.step))
+        bar = tqdm(
+            total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True
         )
-        with tqdm(total=config.meta_steps, initial=step, desc="compiling", unit="meta-step", dynamic_ncols=True) as bar:
-            while step < config.meta_steps and not stop:
-                state, step_metrics = pipeline.meta_step(tasks, meta_optimizer, state, run_key, config.task_grad_norm)
-                log.add(step, step_metrics)
-                step += 1
-                bar.set_description("meta-training", refresh=False)
-                bar.set_postfix(log.recent(), refresh=False)
-                bar.update()
-                if time.time() - saved > config.checkpoint_every or step == config.meta_steps or stop:
-                    save(checkpoints, folder, config, state, log)
-                    saved = time.time()
-    if stop and step < config.meta_steps:
-        print(f"\nstopped and saved after {step} meta-steps; go on with: python meta_train.py --resume {folder}")
+        while bar.n < config.meta_steps and not stop:
+            state, step_metrics = pipeline.meta_step(
+                tasks, meta_optimizer, state, run_key, config.task_grad_norm or None
+            )
+            log.add(bar.n, step_metrics)
+            bar.set_description("meta-training", refresh=False)
+            bar.set_postfix(log.recent(), refresh=False)
+            bar.update()
+            if time.time() - saved > config.checkpoint_every:
+                save(checkpoints, folder, config, state, log)
+                saved = time.time()
+        bar.close()
+        if bar.n not in checkpoints.all_steps():
+            save(checkpoints, folder, config, state, log)
+    if stop:
+        print(f"stopped and saved after {bar.n} meta-steps; go on with: python meta_train.py --resume {folder}")
         raise SystemExit(128 + stop[0])
     return state.meta_params, log.rows
 
@@ -208,37 +211,21 @@ def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     meta_params = {"optim4rl": learned_params, "untrained": LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
-    rows = []
-    with tqdm(
-        total=len(config.test_tasks) * len(compare.OPTIMIZERS),
-        desc="testing",
-        bar_format="{desc:36} {bar:30} {elapsed} < {remaining}",
-    ) as bar:
-        for name in config.test_tasks:
-            task = compare.make_task(name, config.test_envs)
-            key = jax.random.key(config.seed + 1)
-            for optimizer in compare.OPTIMIZERS:
-                bar.set_description(f"testing {optimizer} on {name}")
-                alpha, runs = compare.tuned(
-                    task,
-                    optimizer,
-                    meta_params.get(optimizer),
-                    config.test_learning_rates,
-                    config.test_seeds,
-                    key,
-                    mesh,
-                    config.test_steps,
-                    bar.update,
-                )
-                rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
+    pairs = list(itertools.product(config.test_tasks, compare.OPTIMIZERS))
+    rates, seeds, key, rows = config.test_learning_rates, config.test_seeds, jax.random.key(config.seed + 1), []
+    with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
+        progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
+        for name, optimizer in pairs:
+            bar.set_description(f"testing {optimizer} on {name}")
+            task, params = compare.make_task(name, config.test_envs), meta_params.get(optimizer)
+            alpha, runs = compare.tuned(task, optimizer, params, rates, seeds, key, mesh, config.test_steps, progress)
+            rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
-    print(
-        f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.0e} steps, {config.test_seeds} seeds: interquartile mean [95% interval]."
-    )
-    print(
-        f"Every optimizer tuned over alpha = {config.test_learning_rates}. Never seen: {', '.join(set(config.test_tasks) - set(config.tasks)) or 'none'}.\n"
-    )
+    unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
+    print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.1e} steps, {seeds} seeds.")
+    print(f"Every optimizer is tuned over alpha = {rates}. Never seen in meta-training: {unseen}.")
+    print("Interquartile mean [95% bootstrap interval]; untrained is Optim4RL before meta-training, sign descent.\n")
     print(compare.table(rows))
 
 

@@ -211,10 +211,10 @@ def load(path, kind="optim4rl", like=None):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
-        version, found = header["version"], header["kind"]
+        version, found, metadata = header["version"], header["kind"], header["metadata"]
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a weight file of this project, or is damaged ({error})") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
@@ -223,10 +223,10 @@ def load(path, kind="optim4rl", like=None):
     keyed, treedef = jax.tree.flatten_with_path(like)
     shapes = {"/".join(k.key for k in keys): leaf.shape for keys, leaf in keyed}
     for name in shapes.keys() | arrays.keys():
-        stored = arrays[name].shape if name in arrays else "absent"
+        stored = arrays[name].shape if name in arrays and arrays[name].dtype.kind == "f" else "absent"
         if stored != shapes.get(name, "absent"):
             raise ValueError(f"{path} does not fit: {name} is {stored}, expected {shapes.get(name, 'absent')}")
-    return jax.tree.unflatten(treedef, [jnp.asarray(arrays[name]) for name in shapes]), header["metadata"]
+    return jax.tree.unflatten(treedef, [jnp.asarray(arrays[name]) for name in shapes]), metadata
 
 
 def from_reference(weights):

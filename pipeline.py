@@ -24,7 +24,9 @@ Example (a unit is one number w with loss w^2 / 2; the learned optimizer has one
         opt_state: tuple
     class Learner(NamedTuple):
         init = lambda key, optimizer: Unit(jax.random.normal(key), optimizer.init(0.0))
-        update = lambda optimizer, unit, key: (Unit(unit.params + optimizer.update(unit.params, unit.opt_state)[0], ()), {})
+        def update(optimizer, unit, key):
+            updates, opt_state = optimizer.update(unit.params, unit.opt_state)
+            return Unit(unit.params + updates, opt_state), {}
         loss = lambda unit, key: (unit.params**2 / 2, (unit, {}))
     config = pipeline.Config(num_units=8, reset_interval=4)
     task = pipeline.make_task(Learner, lambda theta: optax.sgd(jnp.exp(theta)), config)
@@ -186,12 +188,15 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
         finite = jax.vmap(all_finite)((meta_grads, units.params, metrics))  # (U / devices,)
         num_finite = jax.lax.psum(finite.sum(), "units")
 
+        # Whatever was not finite, the parameters tell the next step, which resets such a unit.
+        params = jax.tree.map(lambda x: jnp.where(per_unit(finite, x), x, jnp.nan), units.params)
+
         def mean(x):  # over the finite units of all devices
-            kept = jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+            kept = jnp.where(per_unit(finite, x), x, 0)
             return jax.lax.psum(kept.sum(0), "units") / jnp.maximum(num_finite, 1)
 
         meta_grads, metrics = jax.tree.map(mean, (meta_grads, metrics))
-        return meta_grads, units, metrics | {"diverged": config.num_units - num_finite}
+        return meta_grads, units._replace(params=params), metrics | {"diverged": config.num_units - num_finite}
 
     one, many = PartitionSpec(), PartitionSpec("units")
     # The replication checker cannot follow a gradient that is averaged by hand: psum makes the outputs equal everywhere.
@@ -222,9 +227,14 @@ def all_finite(tree):
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
+def per_unit(flags, x):
+    """Flags [U] in a shape that broadcasts to x [U, ...]."""
+    return flags.reshape(-1, *[1] * (x.ndim - 1))
+
+
 def rescale(grads, norm):
     """Gradients of that global norm; zero gradients stay zero."""
-    scale = norm / jnp.maximum(optax.global_norm(grads), 1e-12)
+    scale = norm / jnp.maximum(optax.tree.norm(grads), 1e-12)
     return jax.tree.map(lambda g: scale * g, grads)
 
 

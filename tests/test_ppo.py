@@ -182,12 +182,115 @@ def test_impossible_configs_are_refused(changes):
 
 def test_the_pendulum_is_balanced():
     config = ppo.Config(
-        num_envs=64, batch_size=64, num_minibatches=8, rollout_length=10, entropy_cost=1e-3, value_hidden=(64,) * 3
+        num_envs=128,
+        batch_size=32,
+        num_minibatches=8,
+        rollout_length=64,
+        discount=0.99,
+        entropy_cost=1e-3,
+        reward_scale=0.01,
+        value_hidden=(64,) * 3,
     )
-    learner, optimizer = ppo.make(brax_env.make("inverted_pendulum"), config), optax.adam(3e-3)
+    learner, optimizer = ppo.make(brax_env.make("inverted_pendulum"), config), optax.adam(1e-3)
     agent = jax.jit(lambda key: learner.init(key, optimizer))(jax.random.key(0))
     train = jax.jit(lambda agent, keys: jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys))
-    agent, metrics = train(agent, jax.random.split(jax.random.key(1), 100))
+    agent, metrics = train(agent, jax.random.split(jax.random.key(1), 50))
     returns = lambda part: metrics["episode_return_sum"][part].sum() / metrics["episodes"][part].sum()
-    # A random policy falls after some 20 steps; 1000 is the most.
-    assert returns(slice(0, 2)) < 60 and returns(slice(80, 100)) > 250
+    # A random policy falls after some 30 steps; 1000 is the most, and what other seeds came close to by now.
+    assert returns(slice(0, 2)) < 60 and returns(slice(45, 50)) > 600
+
+
+def counting_env(length=3):
+    """A toy whose episodes last `length` steps and pay 1, 2, ..., length; every second one is cut by the time limit."""
+
+    def step(key, time, action):
+        done = (time + 1) % length == 0
+        return (time + 1) % (2 * length), time % length + 1.0, done, done & (time < length)
+
+    observe = lambda time: jnp.array([time % length, 1.0]) + 0.0
+    return brax_env.Env(lambda key: jnp.int32(0), step, observe, (2,), 1, "counting")
+
+
+def test_one_update_equals_a_python_loop():
+    env, optimizer = counting_env(), optax.adam(1e-2)
+    learner, key = ppo.make(env, TOY), jax.random.key(1)
+    start = jax.jit(lambda: learner.init(jax.random.key(0), optimizer))()
+    ours, metrics = jax.jit(lambda agent: learner.update(optimizer, agent, key))(start)
+
+    collect_key, epochs_key = jax.random.split(key)
+    time, mean, std = np.zeros(TOY.num_envs, int), np.zeros(2), np.ones(2)
+    seen, rewards, trajectories = [], [], []  # 2 rounds of T steps; a trajectory: lists of its steps
+    for round_key in jax.random.split(collect_key, 2):
+        steps = []
+        for step_key in jax.random.split(round_key, TOY.rollout_length):
+            action_key, _ = jax.random.split(step_key)
+            obs = np.stack([time % 3, np.ones_like(time)], -1).astype(np.float32)
+            loc, scale = ppo.policy(start.params, (obs - mean) / std)
+            raw_action = loc + scale * jax.random.normal(action_key, loc.shape)
+            reward, done, truncated = time % 3 + 1.0, (time + 1) % 3 == 0, time == 2
+            steps.append((obs, raw_action, ppo.log_prob(loc, scale, raw_action), reward, done & ~truncated, truncated))
+            seen.append(obs), rewards.append(reward)
+            time = (time + 1) % 6
+        last = np.stack([time % 3, np.ones_like(time)], -1).astype(np.float32)
+        obs, *rest = (np.stack(x) for x in zip(*steps))
+        trajectories.append((np.concatenate([obs, last[None]]), *rest))
+    seen = np.stack(seen).reshape(-1, 2)
+    mean, std = seen.mean(0), np.maximum(seen.std(0), 1e-6)
+    obs, *rest = (np.concatenate(x, axis=1) for x in zip(*trajectories))
+    data = [(obs - mean) / std, *rest]
+
+    params, opt_state = start.params, start.opt_state
+    gradient = jax.jit(jax.grad(ppo.ppo_loss), static_argnums=3)
+    for epoch_key in jax.random.split(epochs_key, TOY.num_epochs):
+        shuffle_key, loss_key = jax.random.split(epoch_key)
+        order = np.asarray(jax.random.permutation(shuffle_key, 16)).reshape(2, 8)
+        for chosen, key in zip(order, jax.random.split(loss_key, 2)):
+            minibatch = ppo.Trajectories(*(jnp.asarray(x[:, chosen]) for x in data))
+            grads = gradient(params, minibatch, key, TOY)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+    # Adam's first steps are near +-learning rate whatever the gradient: rounding shows where a gradient is almost 0.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, params)
+    np.testing.assert_allclose(metrics["reward"], np.mean(rewards), rtol=1e-6)
+    episodes = 10 // 3 * TOY.num_envs  # 2 rounds of 5 steps; each whole episode pays 1 + 2 + 3
+    assert (metrics["episodes"], metrics["episode_return_sum"], metrics["episode_length_sum"]) == (
+        episodes,
+        6 * episodes,
+        3 * episodes,
+    )
+    assert (ours.episode_length == 1).all() and (ours.episode_return == 1).all()
+
+
+def test_the_meta_gradient_agrees_with_finite_differences():
+    # The optimizer moves the policy only: were values to move, their targets, which the loss holds fixed, would move too.
+    optimizer = lambda alpha: optax.multi_transform(
+        {"policy": optax.adam(alpha), "value": optax.set_to_zero()}, {"policy": "policy", "value": "value"}
+    )
+    with jax.enable_x64(True):
+        learner, alpha = ppo.make(point_env(), TOY), 1e-2
+        agent = learner.init(jax.random.key(0), optimizer(alpha))
+        update = lambda alpha: learner.update(optimizer(alpha), agent, jax.random.key(1))[0]
+        meta_grad = jax.jit(jax.grad(lambda alpha: learner.loss(update(alpha), jax.random.key(2))[0]))(alpha)
+        # The meta-loss's trajectories are data: the ones at alpha serve both sides of the difference.
+        collect_key, loss_key = jax.random.split(jax.random.key(2))
+        data = jax.jit(lambda: ppo.collect(point_env(), TOY, update(alpha), collect_key)[1])()
+        meta_loss = jax.jit(lambda alpha: ppo.ppo_loss(update(alpha).params, data, loss_key, TOY))
+        difference = (meta_loss(alpha + 1e-6) - meta_loss(alpha - 1e-6)) / 2e-6
+        assert data.obs.dtype == jnp.float64 and abs(difference) > 1e-3
+        # Central differences err by about 1e-12 (third derivative) and 1e-16 / 1e-6 (rounding).
+        np.testing.assert_allclose(meta_grad, difference, rtol=1e-5)
+
+
+def test_agents_on_a_vmapped_axis_learn_as_they_do_alone():
+    learner, optimizer = ppo.make(counting_env(), TOY), optax.sgd(1e-2)
+    live = jax.jit(lambda key: learner.update(optimizer, learner.init(key, optimizer), key))
+    keys = jax.random.split(jax.random.key(0), 3)
+    together, alone = jax.vmap(live)(keys), live(keys[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), together, alone)
+
+
+def test_evaluation_plays_whole_episodes():
+    learner = ppo.make(counting_env(), TOY)
+    agent = learner.init(jax.random.key(0), optax.sgd(0.0))
+    returns = ppo.evaluate(counting_env(), agent.params, agent.obs_stats, jax.random.key(1), 4)
+    np.testing.assert_array_equal(returns, [6.0] * 4)  # 1 + 2 + 3, and nothing of the next episode
