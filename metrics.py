@@ -64,17 +64,20 @@ class Log:
 
 def plot(path, rows, tasks):
     """Meta-loss and episode return of each task over the meta-steps, smoothed over 20 of them."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for task in tasks:
-        for axis, name in zip(axes, ("meta_loss", "episode_return")):
-            steps, values = zip(
-                *[(int(r["meta_step"]), float(r[f"{task}/{name}"])) for r in rows if r[f"{task}/{name}"] != ""]
-                or [(0, math.nan)]
+    size = (1 + 4 * len(tasks), 5.4)
+    figure, axes = plt.subplots(2, len(tasks), figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for task, column in zip(tasks, axes.T):
+        for axis, name in zip(column, ("meta_loss", "episode_return")):
+            known = [row for row in rows if row[f"{task}/{name}"] != ""]
+            steps = [int(row["meta_step"]) for row in known]
+            values = [float(row[f"{task}/{name}"]) for row in known]
+            window = max(1, min(20, len(values)))
+            axis.plot(
+                steps[window - 1 :], np.convolve(values or [math.nan], np.ones(window) / window, "valid")[: len(steps)]
             )
-            window = min(20, len(values))
-            axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), label=task)
-    axes[0].set(xlabel="meta-step", ylabel="meta-loss", yscale="symlog")  # each task has its reward scale
-    axes[1].set(xlabel="meta-step", ylabel="episode return, all units")
-    axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+        column[0].set_title(task)
+        column[1].set_xlabel("meta-step")
+    axes[0, 0].set_ylabel("meta-loss")
+    axes[1, 0].set_ylabel("episode return of all units")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
