@@ -21,6 +21,11 @@ class UsageError(Exception):
     """Bad input: its message is printed in one line and the program exits with status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message}; --help shows all flags")
+
+
 def parse(config_class, presets, description, argv=None):
     """A config from the command line: one flag per field, `--preset` choosing the defaults.
 
@@ -31,12 +36,12 @@ def parse(config_class, presets, description, argv=None):
         argv: list of strings, by default the process's.
     """
     default, *_ = presets
-    choice = argparse.ArgumentParser(add_help=False)
+    choice = Parser(add_help=False)
     choice.add_argument("--preset", choices=list(presets), default=default)
     choice.add_argument("--resume")
     chosen = choice.parse_known_args(argv)[0]
     start = read_config(config_class, chosen.resume) if chosen.resume else config_class(**presets[chosen.preset])
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})"
     )

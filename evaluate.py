@@ -12,7 +12,6 @@ run), summary.json and curves.png.
 import csv
 import itertools
 import json
-import math
 import pathlib
 from dataclasses import dataclass, field
 
@@ -101,8 +100,8 @@ def check(config):
         "--learning-rate": min(config.learning_rate, default=1),
     }
     for flag, value in numbers.items():
-        if not (0 < value < math.inf):
-            raise cli.UsageError(f"{flag} is {value}; it must be positive")
+        if not 0 < value <= 1e12:
+            raise cli.UsageError(f"{flag} is {value}; it must be positive and at most 1e12")
     return tasks, meta_params
 
 

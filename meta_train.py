@@ -1,6 +1,6 @@
 """Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: section 5).
 
-    python meta_train.py                                    # two small worlds, about 5 minutes on 2 CPU cores
+    python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
@@ -148,8 +148,8 @@ def check(config):
     for name in positive + ("alpha", "reward_scale", "test_learning_rates"):
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if not 0 < value < math.inf:
-                raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+            if not 0 < value <= 1e12:
+                raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive and at most 1e12")
     if not 0 <= config.task_grad_norm < math.inf:
         raise cli.UsageError(f"--task-grad-norm is {config.task_grad_norm}; it must be positive, or 0")
 

@@ -108,6 +108,8 @@ def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run,
     [
         ("meta_train.py", "--tasks small_dense", "small_dense_short, small_dense_long"),
         ("meta_train.py", "--num-units 5 --devices 2", "4 or 6"),
+        ("meta_train.py", "--number-of-units 5", "unrecognized arguments: --number-of-units"),
+        ("evaluate.py", "--seeds many", "invalid int value: 'many'"),
         ("meta_train.py", "--out /proc/nowhere", "cannot write to /proc/nowhere"),
         ("evaluate.py", "--weights no/such/file.npz", "no/such/file.npz"),
     ],
