@@ -1,4 +1,4 @@
-"""Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: section 5).
+"""Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: the experiments).
 
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU

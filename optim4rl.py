@@ -1,4 +1,4 @@
-"""Optim4RL: the learned optimizer, as an optax.GradientTransformation (paper: section 4, Figure 2b).
+"""Optim4RL: the learned optimizer, as an optax.GradientTransformation (paper: Figure 2b).
 
 One tiny recurrent network is shared by every scalar parameter of an agent; each scalar keeps its own hidden state.
 It is shaped like an adaptive optimizer, m / sqrt(v), with both moments computed by a GRU:

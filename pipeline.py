@@ -1,4 +1,4 @@
-"""Pipeline training: the meta-training of a learned optimizer on many agents at every stage of life (paper: section 4, Figure 2a, Algorithm 1).
+"""Pipeline training: the meta-training of a learned optimizer on many agents at every stage of life (paper: Figure 2a, Algorithm 1).
 
 A training unit is a whole agent: parameters, optimizer hidden state, environments. n units live side by side. Each starts
 afresh every m meta-steps, the resets staggered, so that at any time the units span all stages of learning and the
