@@ -1,4 +1,4 @@
-"""A2C: the learner of the gridworlds and Catch, for any discrete environment and any optax optimizer (paper: the experiments and their appendix).
+"""A2C: the learner of the gridworlds and Catch, for any discrete environment and any optax optimizer (paper: appendix).
 
 An update is one rollout of T steps in N environments, one gradient averaged over all of them, one optimizer step.
 

@@ -1,4 +1,4 @@
-"""Brax: the robots on which learned optimizers are tested, as episodes that restart by themselves (paper: the experiments and their appendix).
+"""Brax: the robots on which learned optimizers are tested, as episodes that restart by themselves (paper: appendix).
 
 | symbol | here | shape |
 |---|---|---|

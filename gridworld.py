@@ -1,4 +1,4 @@
-"""The tasks of meta-training: eight gridworlds and Catch, as pure functions of one environment (paper: the experiments and their appendix).
+"""The tasks of meta-training: eight gridworlds and Catch, as pure functions of one environment (paper: appendix).
 
 A gridworld is a walled grid with an agent and a few objects. Walking onto an object collects it: its reward is paid, it
 disappears, and the episode may end. Absent objects come back, each with its own probability a step, on a random cell.

@@ -1,4 +1,4 @@
-"""PPO: the learner of the Brax robots, for any continuous environment and any optax optimizer (paper: the experiments and their appendix).
+"""PPO: the learner of the Brax robots, for any continuous environment and any optax optimizer (paper: appendix).
 
 Proximal policy optimization (Schulman et al. 2017) in the form of Brax's trainer, which the paper used. An update is one
 iteration: every environment acts for a number of short trajectories; the observation statistics take the observations in;
