@@ -1,6 +1,6 @@
 """Program: compares optimizers by training fresh agents with them, on gridworlds and Catch (A2C) and Brax robots (PPO).
 
-    python evaluate.py                                                  # one Brax robot, about 5 minutes on 2 CPU cores
+    python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
 
