@@ -70,6 +70,15 @@ def _reader(annotation):
     return comma_separated
 
 
+def check_positive(config, names):
+    """Raises UsageError where a number of the config, or one in a tuple, is not positive. None, no number yet, passes."""
+    for name in names:
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not 0 < value <= 1e12:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive and at most 1e12")
+
+
 def run(main):
     """Runs a program's main(); bad input and Ctrl-C end it with one line and the usual exit status."""
     try:

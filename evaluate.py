@@ -94,14 +94,7 @@ def check(config):
     for name, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
         if not value:
             raise cli.UsageError(f"{name} is empty; name at least one")
-    numbers = {
-        "--seeds": config.seeds,
-        "--steps": 1 if config.steps is None else config.steps,
-        "--learning-rate": min(config.learning_rate, default=1),
-    }
-    for flag, value in numbers.items():
-        if not 0 < value <= 1e12:
-            raise cli.UsageError(f"{flag} is {value}; it must be positive and at most 1e12")
+    cli.check_positive(config, ("seeds", "steps", "learning_rate"))
     return tasks, meta_params
 
 

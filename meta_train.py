@@ -145,11 +145,7 @@ def check(config):
         "test_seeds",
         "checkpoint_every",
     )
-    for name in positive + ("alpha", "reward_scale", "test_learning_rates"):
-        values = getattr(config, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if not 0 < value <= 1e12:
-                raise cli.UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive and at most 1e12")
+    cli.check_positive(config, positive + ("alpha", "reward_scale", "test_learning_rates"))
     if not 0 <= config.task_grad_norm < math.inf:
         raise cli.UsageError(f"--task-grad-norm is {config.task_grad_norm}; it must be positive, or 0")
 
