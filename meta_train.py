@@ -56,6 +56,8 @@ class Config:
         72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
     )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
+    estimator: str = _knob("gradient", "of the meta-gradient: gradient, the paper's; pes, unbiased over whole lives")
+    sigma: float = _knob(0.03, "standard deviation of pes's perturbations of the meta-parameters")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
     task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
@@ -109,10 +111,16 @@ def per_task(values, config, which):
     return list(values) * (len(config.tasks) // len(values))
 
 
+def pipeline_config(config):
+    return pipeline.Config(
+        config.num_units, config.reset_interval, config.inner_updates, config.estimator, sigma=config.sigma
+    )
+
+
 def make_tasks(config, mesh):
     """The pipeline's tasks. Gradients are clipped to [-1, 1] in all tasks but catch, as in the paper."""
     make_learned = LEARNED_OPTIMIZERS[config.optimizer].make
-    settings = pipeline.Config(config.num_units, config.reset_interval, config.inner_updates)
+    settings = pipeline_config(config)
 
     def make_task(name, alpha, reward_scale):
         learner = a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=config.num_envs))
@@ -130,6 +138,8 @@ def check(config):
     """Raises UsageError for what cannot be, before anything is written."""
     if config.optimizer not in LEARNED_OPTIMIZERS:
         raise cli.UsageError(f"unknown optimizer {config.optimizer!r}; known: {', '.join(LEARNED_OPTIMIZERS)}")
+    if config.estimator not in pipeline.ESTIMATORS:
+        raise cli.UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(pipeline.ESTIMATORS)}")
     if not config.tasks:
         raise cli.UsageError("--tasks is empty; name at least one")
     for name in config.tasks + config.test_tasks:
@@ -137,6 +147,7 @@ def check(config):
             raise cli.UsageError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES)}")
     positive = (
         "num_envs",
+        "sigma",
         "meta_steps",
         "meta_learning_rate",
         "meta_grad_clip",
@@ -230,9 +241,7 @@ def main(argv=None):
     check(config)
     mesh = cli.use_devices(config.devices, divides=config.num_units)
     try:
-        pipeline.check(
-            pipeline.Config(config.num_units, config.reset_interval, config.inner_updates), mesh.devices.size
-        )
+        pipeline.check(pipeline_config(config), mesh.devices.size)
         per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)
     except ValueError as error:
         raise cli.UsageError(error) from None
