@@ -2,7 +2,7 @@
 
 Nothing of VeLO is reimplemented here: rule and weights come from the public package learned_optimization, of which the
 release on PyPI (0.0.1) holds no VeLO. Install it, and TensorFlow, from its repository (INSTALL below);
-the published checkpoint is read from Google Cloud Storage, or from a copy: the files params and config.gin in one folder.
+the checkpoint is read from Google Cloud Storage, or from a copy: the files params and config.gin in a folder.
 
 | symbol | here | shape |
 |---|---|---|
@@ -82,9 +82,8 @@ def _load(checkpoint):
             return opt_from_checkpoint.opt_from_checkpoint(str(checkpoint))
         return getattr(pretrained_optimizers, CHECKPOINT)()
     except OSError as error:  # also the errors of a file system that is not there
-        raise FileNotFoundError(
-            f"cannot read VeLO's checkpoint ({_one_line(error)}); copy params and config.gin from {BUCKET}/ and pass checkpoint"
-        ) from None
+        remedy = f"copy params and config.gin from {BUCKET}/ and pass checkpoint"
+        raise FileNotFoundError(f"cannot read VeLO's checkpoint ({_one_line(error)}); {remedy}") from None
 
 
 def _one_line(error):
