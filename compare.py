@@ -16,11 +16,19 @@ import scipy.stats
 from jax.sharding import PartitionSpec
 
 import a2c
+import baselines
 import brax_env
 import gridworld
 import optim4rl
 import ppo
 
+# Learned optimizers, each with weights of its own
+LEARNED = {
+    "optim4rl": optim4rl.OPTIM4RL,
+    "linear_optim": baselines.LINEAR_OPTIM,
+    "l2lgd2": baselines.L2LGD2,
+    "star": baselines.STAR,
+}
 # name -> (meta_params, alpha) -> optax.GradientTransformation; "untrained" is Optim4RL before meta-training: sign descent
 OPTIMIZERS = {
     "optim4rl": optim4rl.optim4rl,
@@ -28,6 +36,11 @@ OPTIMIZERS = {
     "adam": lambda meta_params, alpha: optax.adam(alpha),
     "rmsprop": lambda meta_params, alpha: optax.rmsprop(alpha),
 }
+DEFAULT_OPTIMIZERS = tuple(OPTIMIZERS)
+OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
+COLORS = dict(
+    zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
+)
 TUNING_SEEDS = 2
 
 # The paper's test settings: steps, and PPO's knobs (appendix).

@@ -33,9 +33,12 @@ WEIGHTS = pathlib.Path(__file__).parent / "weights" / "optim4rl.npz"
 class Config:
     tasks: tuple[str, ...] = field(default=("inverted_pendulum",), metadata={"help": "comma-separated task names"})
     optimizers: tuple[str, ...] = field(
-        default=tuple(compare.OPTIMIZERS), metadata={"help": "comma-separated optimizer names"}
+        default=compare.DEFAULT_OPTIMIZERS,
+        metadata={"help": f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"},
     )
-    weights: str | None = field(default=None, metadata={"help": "weight file of optim4rl; none: weights/optim4rl.npz"})
+    weights: str | None = field(
+        default=None, metadata={"help": "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/optim4rl.npz"}
+    )
     learning_rate: tuple[float, ...] = field(
         default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"}
     )
@@ -62,12 +65,16 @@ def plot(path, curves):
     """curves: list of (task name, optimizer, Runs). One panel per task: the mean, shaded from the lowest to the highest run."""
     tasks = list(dict.fromkeys(task for task, _, _ in curves))
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4.5 * len(tasks), 3.6), squeeze=False, layout="constrained")
-    colors = dict(zip(compare.OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green")))
     for task, optimizer, runs in curves:
         axis = axes[0, tasks.index(task)]
-        axis.plot(runs.steps, runs.returns.mean(0), label=optimizer, color=colors[optimizer])
+        axis.plot(runs.steps, runs.returns.mean(0), label=optimizer, color=compare.COLORS[optimizer])
         axis.fill_between(
-            runs.steps, runs.returns.min(0), runs.returns.max(0), alpha=0.2, color=colors[optimizer], linewidth=0
+            runs.steps,
+            runs.returns.min(0),
+            runs.returns.max(0),
+            alpha=0.2,
+            color=compare.COLORS[optimizer],
+            linewidth=0,
         )
         axis.set(title=task, xlabel="environment steps", ylabel="episode return")
     axes[0, 0].legend(frameon=False)
@@ -75,15 +82,31 @@ def plot(path, curves):
     plt.close(figure)
 
 
+def load_weights(config):
+    """The meta_params of every learned optimizer asked for."""
+    files, meta_params = {"optim4rl": WEIGHTS}, {}
+    for text in filter(None, (config.weights or "").split(",")):
+        name, file = text.split("=", 1) if "=" in text else ("optim4rl", text)
+        if name not in compare.LEARNED:
+            raise cli.UsageError(f"--weights names {name!r}; known: {', '.join(compare.LEARNED)}")
+        files[name] = file
+    for name in filter(compare.LEARNED.get, config.optimizers):
+        if name not in files:
+            remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
+            raise cli.UsageError(f"{name} needs weights: {remedy}")
+        like = compare.LEARNED[name].init(jax.random.key(0))
+        meta_params[name], _ = optim4rl.load(files[name], name, like)
+    return meta_params
+
+
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
     try:
         tasks = [compare.make_task(name, config.num_envs, config.ppo) for name in config.tasks]
         meta_params = {"untrained": optim4rl.init_meta_params(jax.random.key(config.seed))}
-        if "optim4rl" in config.optimizers:
-            meta_params["optim4rl"], _ = optim4rl.load(config.weights or WEIGHTS)
-    except FileNotFoundError:
-        raise cli.UsageError(f"no weight file {config.weights or WEIGHTS}; python meta_train.py makes one") from None
+        meta_params |= load_weights(config)
+    except FileNotFoundError as error:
+        raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None
     except ValueError as error:
         raise cli.UsageError(error) from None
     if config.ppo not in ("small", "paper"):

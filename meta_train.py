@@ -28,7 +28,7 @@ import metrics
 import optim4rl
 import pipeline
 
-LEARNED_OPTIMIZERS = {"optim4rl": optim4rl.OPTIM4RL}
+LEARNED_OPTIMIZERS = compare.LEARNED
 # The paper's reward scale and alpha of each world in meta-training (appendix); elsewhere 1 and 1e-2.
 _PAPER_SETTINGS = {
     "small_dense_long": (1e3, 1e-3),
@@ -48,7 +48,7 @@ def _knob(default, help_text):
 @dataclass(frozen=True)
 class Config:
     tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long"), "comma-separated worlds to learn from")
-    optimizer: str = _knob("optim4rl", "learned optimizer")
+    optimizer: str = _knob("optim4rl", f"learned optimizer: {', '.join(LEARNED_OPTIMIZERS)}")
     num_units: int = _knob(64, "n: training units of each task")
     num_envs: int = _knob(1, "environments of a unit")
     meta_steps: int = _knob(400, "length of the run")
@@ -217,8 +217,10 @@ def save_weights(folder, config, meta_params, metadata):
 def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
-    meta_params = {"optim4rl": learned_params, "untrained": LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
-    pairs = list(itertools.product(config.test_tasks, compare.OPTIMIZERS))
+    meta_params = {config.optimizer: learned_params}
+    if config.optimizer == "optim4rl":  # elsewhere the untrained rule is SGD or Adam
+        meta_params["untrained"] = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
+    pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
     rates, seeds, key, rows = config.test_learning_rates, config.test_seeds, jax.random.key(config.seed + 1), []
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
@@ -232,7 +234,8 @@ def test(config, mesh, folder, learned_params):
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
     print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.1e} steps, {seeds} seeds.")
     print(f"Every optimizer is tuned over alpha = {rates}. Never seen in meta-training: {unseen}.")
-    print("Interquartile mean [95% bootstrap interval]; untrained is Optim4RL before meta-training, sign descent.\n")
+    untrained = "; untrained is Optim4RL before meta-training, sign descent" * ("untrained" in meta_params)
+    print(f"Interquartile mean [95% bootstrap interval]{untrained}.\n")
     print(compare.table(rows))
 
 

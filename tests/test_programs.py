@@ -54,7 +54,7 @@ def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
     assert json.loads((folder / "config.json").read_text())["versions"]["jax"] == jax.__version__
     assert (folder / "curves.png").stat().st_size > 1000
     rows = json.loads((folder / "summary.json").read_text())
-    assert [row["optimizer"] for row in rows] == list(compare.OPTIMIZERS)
+    assert [row["optimizer"] for row in rows] == list(compare.DEFAULT_OPTIMIZERS)
     assert all(-1 <= row["final"] <= 1 for row in rows) and "rmsprop" in out
 
 
@@ -160,6 +160,34 @@ def test_weights_of_another_kind_or_size_are_refused(tmp_path):
     for path, message in ((other, "'star'"), (large, "expected")):
         with pytest.raises(cli.UsageError, match=message):
             evaluate.check(evaluate.Config(optimizers=("optim4rl",), weights=str(path)))
+
+
+def test_each_learned_optimizer_takes_its_own_weights_by_name(tmp_path):
+    files = {name: str(tmp_path / f"{name}.npz") for name in compare.LEARNED}
+    for i, (name, learned) in enumerate(compare.LEARNED.items()):
+        optim4rl.save(files[name], learned.init(jax.random.key(i)), kind=name)
+    weights = ",".join(f"{name}={file}" for name, file in files.items())
+    config = evaluate.Config(tasks=("catch",), optimizers=(*files, "untrained"), weights=weights)
+    _, meta_params = evaluate.check(config)
+    for i, (name, learned) in enumerate(compare.LEARNED.items()):
+        jax.tree.map(np.testing.assert_array_equal, meta_params[name], learned.init(jax.random.key(i)))
+    with pytest.raises(cli.UsageError, match="star needs weights: python meta_train.py --optimizer star"):
+        evaluate.check(evaluate.Config(optimizers=("star",), weights=files["optim4rl"]))
+    with pytest.raises(cli.UsageError, match="--weights names 'sta'; known: optim4rl, linear_optim"):
+        evaluate.check(evaluate.Config(optimizers=("star",), weights=f"sta={files['star']}"))
+    with pytest.raises(cli.UsageError, match="holds weights of 'star', not of 'l2lgd2'"):
+        evaluate.check(evaluate.Config(optimizers=("l2lgd2",), weights=f"l2lgd2={files['star']}"))
+
+
+def test_star_is_meta_trained_and_evaluated_by_name(tmp_path):
+    flags = "--optimizer star --tasks catch --num-units 2 --meta-steps 2 --reset-interval 2 --test-tasks catch"
+    code, out, err = finish("meta_train.py", f"{flags} {TINY_TEST} --out {tmp_path / 'meta'}")
+    assert code == 0 and "star" in out and "untrained" not in out, err
+    flags = f"--tasks catch --optimizers star,adam --weights star={tmp_path / 'meta' / 'optimizer.npz'} --learning-rate 1e-3"
+    code, _, err = finish("evaluate.py", f"{flags} --seeds 2 --steps 1e4 --out {tmp_path / 'test'}")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "test" / "summary.json").read_text())
+    assert [row["optimizer"] for row in rows] == ["star", "adam"] and all(-1 <= row["final"] <= 1 for row in rows)
 
 
 def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
