@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 import jax
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import a2c
@@ -172,9 +171,6 @@ def learn(config, mesh, folder):
     checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
     with checkpoints, cli.graceful_stop() as stop:
         state = pipeline.init(tasks, meta_optimizer, meta_params, run_key)
-        # All but the units lies on every device, and must come back from a checkpoint so.
-        shared = jax.device_put(state._replace(units=()), NamedSharding(mesh, PartitionSpec()))
-        state = shared._replace(units=state.units)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         scales, saved = per_task(config.reward_scale, config, 0), time.time()
@@ -182,7 +178,7 @@ def learn(config, mesh, folder):
         bar = tqdm(
             total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True
         )
-        while bar.n < config.meta_steps and not stop:
+        while bar.n < config.meta_steps and not stop and not log.hopeless():
             state, step_metrics = pipeline.meta_step(
                 tasks, meta_optimizer, state, run_key, config.task_grad_norm or None
             )
@@ -196,6 +192,11 @@ def learn(config, mesh, folder):
         bar.close()
         if bar.n not in checkpoints.all_steps():
             save(checkpoints, folder, config, state, log)
+    if tasks_lost := log.hopeless():
+        raise SystemExit(
+            f"stopped after {bar.n} meta-steps: the meta-gradient of {', '.join(tasks_lost)} was not finite in the last "
+            f"{metrics.MAX_SKIPPED}; the weights before are in {folder}/optimizer.npz"
+        )
     if stop:
         print(f"stopped and saved after {bar.n} meta-steps; go on with: python meta_train.py --resume {folder}")
         raise SystemExit(128 + stop[0])

@@ -39,15 +39,15 @@ Example (a unit is one number w with loss w^2 / 2; the learned optimizer has one
 Copy this file: needs jax, optax.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class Config:
 class Task(NamedTuple):
     """Compiled functions of one task's units."""
 
-    init: Callable  # (meta_params, key) -> units
+    init: Callable  # (meta_params, key) -> units; compiles step as well
     step: Callable  # (meta_params, units, meta_step, key) -> (meta_grads, units, metrics)
+    mesh: jax.sharding.Mesh
 
 
 class Unit(NamedTuple):
@@ -96,28 +97,42 @@ def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
         key: the run's key, the same in every step.
         task_grad_norm: if given, each task's meta-gradient is rescaled to this norm (paper's six-task run: 0.5).
     Returns:
-        (MetaState, list of each task's metrics; see Task of make_task)
+        (MetaState, list of each task's metrics: those of make_task's Task, and skipped, whether its meta-gradient was not finite)
     """
-    all_meta_grads, all_units, all_metrics = [], [], []
-    for i, task in enumerate(tasks):
-        # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
-        meta_grads, units, metrics = task.step(
-            state.meta_params, state.units[i], state.step, jax.random.fold_in(key, i)
-        )
-        if task_grad_norm is not None:
-            meta_grads = rescale(meta_grads, task_grad_norm)
-        all_meta_grads.append(meta_grads)
-        all_units.append(units)
-        all_metrics.append(metrics)
-    meta_grads = jax.tree.map(lambda *grads: sum(grads) / len(grads), *all_meta_grads)
-    meta_params, meta_opt_state = apply(meta_optimizer, meta_grads, state.meta_opt_state, state.meta_params)
-    return MetaState(state.step + 1, meta_params, meta_opt_state, tuple(all_units)), all_metrics
+    # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
+    results = [
+        task.step(state.meta_params, units, state.step, jax.random.fold_in(key, i))
+        for i, (task, units) in enumerate(zip(tasks, state.units))
+    ]
+    all_meta_grads, all_units, all_metrics = zip(*results)
+    meta_params, meta_opt_state, skipped = update_meta_params(
+        meta_optimizer, task_grad_norm, all_meta_grads, state.meta_opt_state, state.meta_params
+    )
+    all_metrics = [metrics | {"skipped": skipped[i]} for i, metrics in enumerate(all_metrics)]
+    return MetaState(state.step + 1, meta_params, meta_opt_state, all_units), all_metrics
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def update_meta_params(meta_optimizer, task_grad_norm, all_meta_grads, meta_opt_state, meta_params):
+    """The meta-optimizer's step along the mean of the tasks' meta-gradients; one that is not finite is skipped.
+
+    Returns: (meta_params, meta_opt_state, skipped: a bool of each task).
+    """
+    finite = [all_finite(grads) for grads in all_meta_grads]
+    if task_grad_norm is not None:
+        all_meta_grads = [rescale(grads, task_grad_norm) for grads in all_meta_grads]
+    mean = lambda *xs: sum(jnp.where(ok, x, 0) for ok, x in zip(finite, xs)) / jnp.maximum(sum(finite), 1)
+    updates, meta_opt_state = meta_optimizer.update(jax.tree.map(mean, *all_meta_grads), meta_opt_state, meta_params)
+    return optax.apply_updates(meta_params, updates), meta_opt_state, [~ok for ok in finite]
 
 
 def init(tasks, meta_optimizer, meta_params, key):
-    """The MetaState before the first meta-step: fresh units everywhere."""
-    units = tuple(task.init(meta_params, jax.random.fold_in(key, i)) for i, task in enumerate(tasks))
-    return MetaState(jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params), units)
+    """The MetaState before the first meta-step: fresh units everywhere. Compiles all tasks, side by side."""
+    shared = (jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params))
+    shared = jax.device_put(shared, NamedSharding(tasks[0].mesh, PartitionSpec()))  # the same on every device
+    with ThreadPoolExecutor() as pool:
+        units = pool.map(lambda i: tasks[i].init(shared[1], jax.random.fold_in(key, i)), range(len(tasks)))
+        return MetaState(*shared, tuple(units))
 
 
 def reset_due(meta_step, unit, num_units, reset_interval):
@@ -237,7 +252,7 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
     units_at_once = config.units_at_once or (1 if on_cpu else config.num_units // num_devices)
     # A batch of one is a plain loop, in which a reset that is not due costs nothing.
     each = lambda f, *xs: jax.lax.map(lambda x: f(*x), xs, batch_size=None if units_at_once == 1 else units_at_once)
-    ids = np.arange(config.num_units)
+    local_units = config.num_units // num_devices
 
     estimator = ESTIMATORS[config.estimator](learner, make_optimizer, config)
 
@@ -252,16 +267,20 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
         meta_grads, state, metrics = estimator.step(meta_params, unit.state, unroll_key)
         return meta_grads, Unit(state, all_finite((meta_grads, metrics))), metrics
 
-    def init_local(meta_params, ids, key):
-        return each(lambda id: fresh(meta_params, unit_keys(key, id, -1)[0]), ids)
+    def local_ids():  # of this device's units, among all units of the task
+        return jax.lax.axis_index("units") * local_units + jnp.arange(local_units)
 
-    def step_local(meta_params, units, ids, meta_step, key):
-        meta_grads, units, metrics = each(lambda unit, id: live(meta_params, unit, id, meta_step, key), units, ids)
+    def init_local(meta_params, key):
+        return each(lambda id: fresh(meta_params, unit_keys(key, id, -1)[0]), local_ids())
+
+    def step_local(meta_params, units, meta_step, key):
+        step_unit = lambda unit, id: live(meta_params, unit, id, meta_step, key)
+        meta_grads, units, metrics = each(step_unit, units, local_ids())
         num_healthy = jax.lax.psum(units.healthy.sum(), "units")
 
-        def mean(x):  # over the healthy units of all devices
+        def mean(x):  # over the healthy units of all devices; NaN, which meta_step skips, where there are none
             healthy = units.healthy.reshape(-1, *[1] * (x.ndim - 1))
-            return jax.lax.psum(jnp.where(healthy, x, 0).sum(0), "units") / jnp.maximum(num_healthy, 1)
+            return jax.lax.psum(jnp.where(healthy, x, 0).sum(0), "units") / num_healthy
 
         meta_grads, metrics = jax.tree.map(mean, (meta_grads, metrics))
         return meta_grads, units, metrics | {"diverged": config.num_units - num_healthy}
@@ -269,15 +288,21 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
     one, many = PartitionSpec(), PartitionSpec("units")
     # The replication checker cannot follow a gradient that is averaged by hand: psum makes the outputs equal everywhere.
     shard = lambda f, ins, outs: jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
-    init_all = jax.jit(shard(init_local, (one, many, one), many))
-    step_all = jax.jit(shard(step_local, (one, many, many, one, one), (one, many, one)), donate_argnums=1)
+    init_all = jax.jit(shard(init_local, (one, one), many))
+    step_all = jax.jit(shard(step_local, (one, many, one, one), (one, many, one)), donate_argnums=1)
+
+    def init(meta_params, key):
+        units = init_all(meta_params, key)
+        meta_step = jax.device_put(jnp.int32(0), NamedSharding(mesh, one))
+        step_all.lower(meta_params, units, meta_step, key).compile()  # the first call of step will find it compiled
+        return units
 
     def step(meta_params, units, meta_step, key):
-        results = step_all(meta_params, units, ids, meta_step, key)
+        results = step_all(meta_params, units, meta_step, key)
         # On CPU devices, which share one thread pool, two programs that both wait for a sum can block each other for ever.
         return jax.block_until_ready(results) if on_cpu else results
 
-    return Task(init=lambda meta_params, key: init_all(meta_params, ids, key), step=step)
+    return Task(init, step, mesh)
 
 
 def check(config, num_devices):
@@ -304,11 +329,3 @@ def rescale(grads, norm):
     """Gradients of that global norm; zero gradients stay zero."""
     scale = norm / jnp.maximum(optax.tree.norm(grads), 1e-12)
     return jax.tree.map(lambda g: scale * g, grads)
-
-
-def _apply(meta_optimizer, meta_grads, meta_opt_state, meta_params):
-    updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
-    return optax.apply_updates(meta_params, updates), meta_opt_state
-
-
-apply = jax.jit(_apply, static_argnums=0)

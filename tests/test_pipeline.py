@@ -262,6 +262,20 @@ def test_several_tasks_are_averaged_each_rescaled_if_asked():
     assert not np.any(pipeline.rescale(jnp.zeros(3), 0.5))  # a zero gradient stays zero
 
 
+def test_a_task_without_a_finite_meta_gradient_is_skipped():
+    key, meta_optimizer = jax.random.key(7), optax.sgd(1.0)
+    tasks = [make_task(reset_interval=0) for _ in range(2)]
+    state = pipeline.init(tasks, meta_optimizer, THETA, key)
+    healthy, lost = state.units
+    poisoned = lost._replace(state=lost.state._replace(poison=jnp.ones(6)))
+    expected = tasks[0].step(THETA, jax.tree.map(jnp.copy, healthy), state.step, jax.random.fold_in(key, 0))[0]
+    state, metrics = pipeline.meta_step(tasks, meta_optimizer, state._replace(units=(healthy, poisoned)), key)
+    assert [bool(m["skipped"]) for m in metrics] == [False, True] and metrics[1]["diverged"] == 6
+    assert_close(state.meta_params, jax.tree.map(lambda p, g: p - g, THETA, expected))
+    _, metrics = pipeline.meta_step(tasks, meta_optimizer, state, key)
+    assert not any(m["skipped"] for m in metrics)  # all its units began afresh
+
+
 @pytest.mark.parametrize("size, value", [("num_units", 0), ("reset_interval", -1), ("inner_updates", 0)])
 def test_impossible_sizes_are_refused(size, value):
     with pytest.raises(ValueError, match=f"^{size} is {value}; it must be at least"):

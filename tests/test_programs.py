@@ -74,6 +74,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole_run, tmp_path):
     assert [row["meta_step"] for row in read_csv(metrics)] == [str(step) for step in range(6)]
 
 
+def test_a_task_lost_for_good_ends_the_run_and_is_named(tmp_path):
+    """Steps of 1e12 overflow every agent's parameters, and so every meta-gradient."""
+    flags = "--tasks small_dense_short,catch --num-units 2 --meta-steps 60 --alpha 1e12,1e-3 --test-tasks ,"
+    code, _, err = finish("meta_train.py", f"{flags} --out {tmp_path / 'run'}")
+    assert code == 1 and "the meta-gradient of small_dense_short was not finite in the last 20" in err, err
+    assert "Traceback" not in err
+    optim4rl.load(tmp_path / "run" / "optimizer.npz")
+    assert all(row["small_dense_short/skipped"] == "1" for row in read_csv(tmp_path / "run" / "metrics.csv"))
+
+
 def test_a_resume_with_another_config_is_refused(whole_run):
     folder, _ = whole_run
     code, _, err = finish("meta_train.py", f"--num-units 8 --resume {folder}")
