@@ -1,0 +1,199 @@
+"""Program: how fast everything is on the machine at hand, as a table and as JSON.
+
+    python benchmarks/bench.py                               # everything
+    python benchmarks/bench.py --only optimizer,a2c          # some groups
+    python benchmarks/bench.py --only meta --units 8,32,128  # how a meta-step grows with the units
+
+Every number is the median of several runs after one that compiles, whose time is given apart. The meta-steps are measured
+in processes of their own, each with an empty compilation cache, so that the time to the first one and the peak memory are
+those of a first start; "again" is the same start with the cache filled.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import brax_env
+import cli
+import compare
+import gridworld
+import meta_train
+import pipeline
+
+PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
+GROUPS = ("env", "a2c", "ppo", "optimizer", "meta")
+
+
+def measure(step, state, repeats):
+    """(median seconds, compile seconds) of state = step(state), over `repeats` calls after the first."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state = jax.block_until_ready(step(state))
+        times.append(time.perf_counter() - start)
+    median = float(np.median(times[1:]))
+    return median, times[0] - median
+
+
+def row(group, name, value, unit, compile_s=None):
+    """One measurement as a record, printed as it is made."""
+    compiled = "" if compile_s is None else f"compile {compile_s:6.1f} s"
+    print(f"{group:10} {name:44} {value:12.4g} {unit:28} {compiled}".rstrip(), flush=True)
+    return {"group": group, "name": name, "value": value, "unit": unit, "compile_s": compile_s}
+
+
+def environments(repeats):
+    """Random actions in 512 environments, 100 steps a call."""
+    for name in (*PAPER_WORLDS, "catch", "inverted_double_pendulum"):
+        robot = name in brax_env.NAMES
+        env = brax_env.make(name) if robot else gridworld.make(name)
+
+        def step(states, key, env=env, robot=robot):
+            action_key, env_key = jax.random.split(key)
+            shape, keys = (512, env.action_size) if robot else (512,), jax.random.split(env_key, 512)
+            draw = jax.random.uniform(action_key, shape)
+            actions = 2 * draw - 1 if robot else (draw * env.num_actions).astype(int)
+            return jax.vmap(env.step)(keys, states, actions)[0], None
+
+        run = jax.jit(lambda states: jax.lax.scan(step, states, jax.random.split(jax.random.key(0), 100))[0])
+        seconds, compile_s = measure(run, jax.vmap(env.reset)(jax.random.split(jax.random.key(1), 512)), repeats)
+        yield row("env", name, 51_200 / seconds, "steps/s", compile_s)
+
+
+def learner_speed(group, name, learner, steps_per_update, optimizer, repeats):
+    keys = jax.random.split(jax.random.key(1), 10 if group == "a2c" else 1)
+    run = jax.jit(lambda agent: jax.lax.scan(lambda a, k: (learner.update(optimizer, a, k)[0], None), agent, keys)[0])
+    seconds, compile_s = measure(run, jax.jit(lambda key: learner.init(key, optimizer))(jax.random.key(0)), repeats)
+    return row(group, name, len(keys) * steps_per_update / seconds, "steps/s", compile_s)
+
+
+def learners(group, repeats):
+    """A2C with 512 environments, PPO with the small settings of compare.py, under Adam and Optim4RL."""
+    names = ("small_dense_short", "big_dense_long") if group == "a2c" else ("inverted_pendulum",)
+    meta_params = compare.LEARNED["optim4rl"].init(jax.random.key(0))
+    for name in names:
+        task = compare.make_task(name)
+        for optimizer in ("adam", "optim4rl"):
+            transformation = compare.OPTIMIZERS[optimizer](meta_params, 1e-3)
+            yield learner_speed(
+                group, f"{name}, {optimizer}", task.learner, task.steps_per_update, transformation, repeats
+            )
+
+
+def optimizers(repeats, num_scalars=2**20, updates=4):
+    """Milliseconds for the update of a million scalars: forward alone, and in the meta-gradient through 4 updates."""
+    grads = jax.random.normal(jax.random.key(0), (updates, num_scalars))
+    zeros = jnp.zeros(num_scalars)
+    per_million = 1e3 * 2**20 / num_scalars / updates
+    for name in ("adam", "rmsprop", *compare.LEARNED):
+        learned = compare.LEARNED.get(name)
+        meta_params = learned.init(jax.random.key(1)) if learned else jnp.zeros(())
+
+        def unroll(meta_params, grads, name=name):
+            optimizer = compare.OPTIMIZERS[name](meta_params, 1e-3)
+
+            def update(carry, g):
+                params, opt_state = carry
+                updates, opt_state = optimizer.update(g, opt_state, params)
+                return (params + updates, opt_state), None
+
+            (params, _), _ = jax.lax.scan(update, (zeros, optimizer.init(zeros)), grads)
+            return jnp.sum(params**2)
+
+        for kind, function in (("forward", unroll), ("meta-gradient", jax.grad(unroll)))[: 2 if learned else 1]:
+            run = jax.jit(function)
+            seconds, compile_s = measure(lambda _: run(meta_params, grads), None, repeats)
+            yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
+
+
+def meta_step_worker(tasks, num_units, devices, estimator):
+    """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
+    began, config = time.perf_counter(), meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator)
+    mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
+    worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
+    meta_params = compare.LEARNED["optim4rl"].init(key)
+    state = pipeline.init(worlds, meta_optimizer, meta_params, key)
+    step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
+    state = jax.block_until_ready(step(state))
+    first = time.perf_counter() - began
+    seconds, _ = measure(step, state, 5)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    print(json.dumps({"first": first, "step": seconds, "peak": peak}))
+
+
+def meta_steps(cases):
+    """cases: (name, tasks, units, devices, estimator); devices None: all."""
+    for name, tasks, units, devices, estimator in cases:
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, __file__, "--worker", json.dumps([tasks, units, devices, estimator])]
+            start = lambda: subprocess.run(
+                command, env=os.environ | {"XDG_CACHE_HOME": cache}, capture_output=True, text=True
+            )
+            first, again = start(), start()
+        if again.returncode:
+            raise SystemExit(f"{name} failed:\n{again.stderr}")
+        first, again = (json.loads(process.stdout.splitlines()[-1]) for process in (first, again))
+        yield row("meta", name, first["step"], "s/meta-step")
+        yield row("meta", f"{name}: first meta-step", first["first"], "s from the start of Python's work")
+        yield row("meta", f"{name}: first meta-step again", again["first"], "s from the start of Python's work")
+        yield row("meta", f"{name}: peak memory", first["peak"], "GiB")
+
+
+def meta_cases(units):
+    """Each world alone, six together, more and more units, one device and all, both estimators."""
+    yield "six worlds x 32 units", PAPER_WORLDS, 32, None, "gradient"
+    yield "six worlds x 32 units, 1 device", PAPER_WORLDS, 32, 1, "gradient"
+    yield "six worlds x 32 units, pes", PAPER_WORLDS, 32, None, "pes"
+    yield "catch x 64 units", ("catch",), 64, None, "gradient"
+    for world in PAPER_WORLDS:
+        yield f"{world} x 32 units", (world,), 32, None, "gradient"
+    for num_units in units:
+        yield f"big_dense_long x {num_units} units", ("big_dense_long",), num_units, None, "gradient"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
+    parser.add_argument("--units", default="8,32,128,512", help="units of the growing meta-step (8,32,128,512)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (5)")
+    parser.add_argument("--out", help="JSON file to write; none: print only")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.worker:
+        tasks, units, devices, estimator = json.loads(flags.worker)
+        return meta_step_worker(tuple(tasks), units, devices, estimator)
+    groups = flags.only.split(",")
+    if unknown := set(groups) - set(GROUPS):
+        raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
+    units = [int(number) for number in flags.units.split(",") if number]
+    measurements = {
+        "env": lambda: environments(flags.repeats),
+        "a2c": lambda: learners("a2c", flags.repeats),
+        "ppo": lambda: learners("ppo", flags.repeats),
+        "optimizer": lambda: optimizers(flags.repeats),
+        "meta": lambda: meta_steps(meta_cases(units)),
+    }
+    device = jax.devices()[0]
+    print(f"{os.cpu_count()} cores; jax {jax.__version__} on {device.platform} ({device.device_kind})")
+    rows = [measured for group in groups for measured in measurements[group]()]
+    if flags.out:
+        machine = {"cores": os.cpu_count(), "device": device.device_kind, "jax": jax.__version__}
+        pathlib.Path(flags.out).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main)
