@@ -3,17 +3,24 @@
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
+    python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
+    python evaluate.py --resume runs/evaluate-... --render              # draws an episode of each robot, as an HTML file
 
 All optimizers are tuned alike: where several learning rates are given, the one with the best return over the whole run on
-two tuning seeds is taken, and fresh seeds are reported. The run's folder receives config.json, curves.csv (every reported
-run), summary.json and curves.png.
+two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
+folder receives config.json, weights.npz (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
+(each finished run), policies/ (each reported robot) and with --render an HTML film of a robot of each optimizer.
 """
 
 import csv
 import itertools
 import json
+import os
 import pathlib
-from dataclasses import dataclass, field
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import jax
 import matplotlib
@@ -22,6 +29,8 @@ from tqdm import tqdm
 import cli
 import compare
 import optim4rl
+import records
+import render
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,6 +59,12 @@ class Config:
     seed: int = field(default=0, metadata={"help": "seed of everything"})
     devices: int | None = field(default=None, metadata={"help": "devices to use; none: all, on a CPU one per core"})
     out: str | None = field(default=None, metadata={"help": "folder of this run; none: a new one under runs/"})
+    resume: str | None = field(
+        default=None, metadata={"help": "folder of an interrupted run to go on with, its config taken from there"}
+    )
+    render: bool = field(
+        default=False, metadata={"help": "draw an episode of each robot and optimizer; opens without a network"}
+    )
 
 
 PRESETS = {
@@ -77,13 +92,14 @@ def plot(path, curves):
 
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
+    weights = weights_file(config)
     try:
         tasks = [compare.make_task(name, config.num_envs, config.ppo) for name in config.tasks]
         meta_params = {"untrained": optim4rl.init_meta_params(jax.random.key(config.seed))}
         if "optim4rl" in config.optimizers:
-            meta_params["optim4rl"], _ = optim4rl.load(config.weights or WEIGHTS)
+            meta_params["optim4rl"], _ = optim4rl.load(weights)
     except FileNotFoundError:
-        raise cli.UsageError(f"no weight file {config.weights or WEIGHTS}; python meta_train.py makes one") from None
+        raise cli.UsageError(f"no weight file {weights}; python meta_train.py makes one") from None
     except ValueError as error:
         raise cli.UsageError(error) from None
     if config.ppo not in ("small", "paper"):
@@ -94,22 +110,70 @@ def check(config):
     for name, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
         if not value:
             raise cli.UsageError(f"{name} is empty; name at least one")
+    if config.render and not any(task.play for task in tasks):
+        robots = ", ".join(compare.brax_env.NAMES)
+        raise cli.UsageError(f"--render draws robots, and --tasks {','.join(config.tasks)} names none; known: {robots}")
     cli.check_positive(config, ("seeds", "steps", "learning_rate"))
     return tasks, meta_params
 
 
-def report(config, task, optimizer, meta_params, mesh):
+def weights_file(config):
+    """The weights of optim4rl; a resumed run goes on with those that it began with, whatever has become of their file."""
+    kept = pathlib.Path(config.resume or "", "weights.npz")
+    return kept if config.resume and kept.exists() else pathlib.Path(config.weights or WEIGHTS)
+
+
+def open_folder(config):
+    """The run's folder, new or resumed, with all that the runs write to."""
+    if config.resume:
+        # What is drawn afterwards is no part of what was run.
+        rendered = cli.read_config(Config, config.resume).render
+        folder = cli.old_folder(config.resume, replace(config, render=rendered))
+        if (folder / "summary.json").exists() and not (folder / "runs").exists():
+            raise cli.UsageError(f"{folder} was made before finished runs were kept; start anew without --resume")
+    else:
+        folder = cli.new_folder(config.out, "evaluate", config)
+    try:
+        for name in ("runs", "policies"):
+            (folder / name).mkdir(exist_ok=True)
+        if "optim4rl" in config.optimizers and not (folder / "weights.npz").exists():
+            shutil.copyfile(weights_file(config), folder / "weights.npz.partial")
+            os.replace(folder / "weights.npz.partial", folder / "weights.npz")
+        (folder / "curves.csv").open("a").close()
+    except OSError as error:
+        raise cli.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
+    return folder
+
+
+def report(config, folder, task, optimizer, meta_params, mesh, stop):
     """Tunes and trains with one optimizer, under a progress bar: (row of the table, Runs)."""
-    # Keys depend on seed and task alone: every optimizer sees the same ones.
+    # Keys depend on seed and task alone: every optimizer sees the same ones. 0 and 1 are tuning's and the report's.
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))
-    rates = config.learning_rate or task.learning_rates
+    play_key, rates = jax.random.fold_in(key, 2), config.learning_rate or task.learning_rates
+    store = partial(records.store, folder, task, optimizer, play_key, {"config": asdict(config)})
     bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
     with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format=bar_format) as bar:
-        progress = lambda part: bar.update(min(100 * part, 100 - bar.n))
+
+        def progress(part):
+            bar.update(min(100 * part, 100 - bar.n))
+            end_if(stop, folder)
+
         alpha, runs = compare.tuned(
-            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress
+            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress, store
         )
-    return compare.summarize(task, optimizer, alpha, runs), runs
+    row = compare.summarize(task, optimizer, alpha, runs)
+    if task.play:
+        values = records.deterministic_returns(folder, task.name, optimizer, alpha, config.seeds)
+        row["deterministic"], row["deterministic_low"], row["deterministic_high"] = compare.interval(values)
+        row["deterministic_runs"] = values.tolist()
+    return row, runs
+
+
+def end_if(stop, folder):
+    """Ends the program after Ctrl-C or SIGTERM. Only the runs under way are lost."""
+    if stop:
+        print(f"\nstopped; finished runs are kept; go on with: python evaluate.py --resume {folder}")
+        raise SystemExit(128 + stop[0])
 
 
 def write_curves(writer, row, runs):
@@ -119,25 +183,51 @@ def write_curves(writer, row, runs):
             writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
 
 
-def main(argv=None):
-    config = cli.parse(Config, PRESETS, __doc__, argv)
-    mesh = cli.use_devices(config.devices)
-    tasks, meta_params = check(config)
-    folder = cli.new_folder(config.out, "evaluate", config)
-    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
+def run_all(config, folder, tasks, meta_params, mesh, stop):
+    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows."""
     rows, curves = [], []
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for task, optimizer in itertools.product(tasks, config.optimizers):
-            row, runs = report(config, task, optimizer, meta_params.get(optimizer), mesh)
+            row, runs = report(config, folder, task, optimizer, meta_params.get(optimizer), mesh, stop)
             rows.append(row)
             curves.append((task.name, optimizer, runs))
             write_curves(writer, row, runs)
             file.flush()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     plot(folder / "curves.png", curves)
+    return rows
+
+
+def draw(config, folder, tasks, stop):
+    """An HTML film of the first reported robot of each optimizer."""
+    for task, optimizer in itertools.product(tasks, config.optimizers):
+        if task.play:
+            end_if(stop, folder)
+            policy = records.policy_path(folder, task.name, optimizer, 0)
+            film = folder / f"{task.name}-{optimizer}.html"
+            params, obs_stats, metadata = records.load_policy(policy)
+            title = f"{task.name}, trained with {optimizer} (alpha {metadata['alpha']:g})"
+            film.write_text(render.film(task.name, params, obs_stats, jax.random.key(config.seed), title))
+            print(f"Film: {film}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    # A flag without a value, which cli.parse has no form for.
+    config = cli.parse(Config, PRESETS, __doc__, [x for arg in argv for x in ([arg, "1"] if arg == "--render" else [arg])])
+    mesh = cli.use_devices(config.devices)
+    tasks, meta_params = check(config)
+    folder = open_folder(config)
+    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
+    with cli.graceful_stop() as stop:
+        rows = run_all(config, folder, tasks, meta_params, mesh, stop)
+        if config.render:
+            draw(config, folder, tasks, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
+    if any(task.play for task in tasks):
+        print(f"Without noise: mean return of {compare.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")
 
 
