@@ -16,11 +16,19 @@ import scipy.stats
 from jax.sharding import PartitionSpec
 
 import a2c
+import baselines
 import brax_env
 import gridworld
 import optim4rl
 import ppo
 
+# Learned optimizers, each with weights of its own
+LEARNED = {
+    "optim4rl": optim4rl.OPTIM4RL,
+    "linear_optim": baselines.LINEAR_OPTIM,
+    "l2lgd2": baselines.L2LGD2,
+    "star": baselines.STAR,
+}
 # name -> (meta_params, alpha) -> optax.GradientTransformation; "untrained" is Optim4RL before meta-training: sign descent
 OPTIMIZERS = {
     "optim4rl": optim4rl.optim4rl,
@@ -28,6 +36,11 @@ OPTIMIZERS = {
     "adam": lambda meta_params, alpha: optax.adam(alpha),
     "rmsprop": lambda meta_params, alpha: optax.rmsprop(alpha),
 }
+DEFAULT_OPTIMIZERS = tuple(OPTIMIZERS)
+OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
+COLORS = dict(
+    zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
+)
 TUNING_SEEDS = 2
 EVALUATION_EPISODES = 128  # deterministic ones that a trained robot plays at the end; as many as Brax's trainer plays
 
@@ -200,7 +213,7 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
         for i, run in enumerate(group):
             if finished[run] is None:
                 finished[run] = curves[:, i]
-                store.save(run, float(alphas[run]), curves[:, i], jax.tree.map(lambda x: x[i], learned))
+                store.save(int(run), float(alphas[run]), curves[:, i], jax.tree.map(lambda x: x[i], learned))
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
     return Runs(env_steps, _fill(*np.stack(finished, axis=1)))
 

@@ -4,22 +4,18 @@
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
-    python evaluate.py --resume runs/evaluate-... --render              # draws an episode of each robot, as an HTML file
 
 All optimizers are tuned alike: where several learning rates are given, the one with the best return over the whole run on
 two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
-folder receives config.json, weights.npz (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
-(each finished run), policies/ (each reported robot) and with --render an HTML film of a robot of each optimizer.
+folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
+(each finished run) and policies/ (each reported robot).
 """
 
 import csv
 import itertools
 import json
-import os
 import pathlib
-import shutil
-import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import jax
@@ -30,7 +26,6 @@ import cli
 import compare
 import optim4rl
 import records
-import render
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,9 +37,12 @@ WEIGHTS = pathlib.Path(__file__).parent / "weights" / "optim4rl.npz"
 class Config:
     tasks: tuple[str, ...] = field(default=("inverted_pendulum",), metadata={"help": "comma-separated task names"})
     optimizers: tuple[str, ...] = field(
-        default=tuple(compare.OPTIMIZERS), metadata={"help": "comma-separated optimizer names"}
+        default=compare.DEFAULT_OPTIMIZERS,
+        metadata={"help": f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"},
     )
-    weights: str | None = field(default=None, metadata={"help": "weight file of optim4rl; none: weights/optim4rl.npz"})
+    weights: str | None = field(
+        default=None, metadata={"help": "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/optim4rl.npz"}
+    )
     learning_rate: tuple[float, ...] = field(
         default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"}
     )
@@ -62,9 +60,6 @@ class Config:
     resume: str | None = field(
         default=None, metadata={"help": "folder of an interrupted run to go on with, its config taken from there"}
     )
-    render: bool = field(
-        default=False, metadata={"help": "draw an episode of each robot and optimizer; opens without a network"}
-    )
 
 
 PRESETS = {
@@ -77,12 +72,16 @@ def plot(path, curves):
     """curves: list of (task name, optimizer, Runs). One panel per task: the mean, shaded from the lowest to the highest run."""
     tasks = list(dict.fromkeys(task for task, _, _ in curves))
     figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4.5 * len(tasks), 3.6), squeeze=False, layout="constrained")
-    colors = dict(zip(compare.OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green")))
     for task, optimizer, runs in curves:
         axis = axes[0, tasks.index(task)]
-        axis.plot(runs.steps, runs.returns.mean(0), label=optimizer, color=colors[optimizer])
+        axis.plot(runs.steps, runs.returns.mean(0), label=optimizer, color=compare.COLORS[optimizer])
         axis.fill_between(
-            runs.steps, runs.returns.min(0), runs.returns.max(0), alpha=0.2, color=colors[optimizer], linewidth=0
+            runs.steps,
+            runs.returns.min(0),
+            runs.returns.max(0),
+            alpha=0.2,
+            color=compare.COLORS[optimizer],
+            linewidth=0,
         )
         axis.set(title=task, xlabel="environment steps", ylabel="episode return")
     axes[0, 0].legend(frameon=False)
@@ -90,16 +89,33 @@ def plot(path, curves):
     plt.close(figure)
 
 
+def load_weights(config):
+    """The meta_params of every learned optimizer asked for. A resumed run goes on with the weights that it began with."""
+    files, meta_params = {"optim4rl": WEIGHTS}, {}
+    for text in filter(None, (config.weights or "").split(",")):
+        name, file = text.split("=", 1) if "=" in text else ("optim4rl", text)
+        if name not in compare.LEARNED:
+            raise cli.UsageError(f"--weights names {name!r}; known: {', '.join(compare.LEARNED)}")
+        files[name] = file
+    if config.resume:
+        files |= {file.stem: file for file in pathlib.Path(config.resume, "weights").glob("*.npz")}
+    for name in filter(compare.LEARNED.get, config.optimizers):
+        if name not in files:
+            remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
+            raise cli.UsageError(f"{name} needs weights: {remedy}")
+        like = compare.LEARNED[name].init(jax.random.key(0))
+        meta_params[name], _ = optim4rl.load(files[name], name, like)
+    return meta_params
+
+
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
-    weights = weights_file(config)
     try:
         tasks = [compare.make_task(name, config.num_envs, config.ppo) for name in config.tasks]
         meta_params = {"untrained": optim4rl.init_meta_params(jax.random.key(config.seed))}
-        if "optim4rl" in config.optimizers:
-            meta_params["optim4rl"], _ = optim4rl.load(weights)
-    except FileNotFoundError:
-        raise cli.UsageError(f"no weight file {weights}; python meta_train.py makes one") from None
+        meta_params |= load_weights(config)
+    except FileNotFoundError as error:
+        raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None
     except ValueError as error:
         raise cli.UsageError(error) from None
     if config.ppo not in ("small", "paper"):
@@ -110,35 +126,21 @@ def check(config):
     for name, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
         if not value:
             raise cli.UsageError(f"{name} is empty; name at least one")
-    if config.render and not any(task.play for task in tasks):
-        robots = ", ".join(compare.brax_env.NAMES)
-        raise cli.UsageError(f"--render draws robots, and --tasks {','.join(config.tasks)} names none; known: {robots}")
     cli.check_positive(config, ("seeds", "steps", "learning_rate"))
     return tasks, meta_params
 
 
-def weights_file(config):
-    """The weights of optim4rl; a resumed run goes on with those that it began with, whatever has become of their file."""
-    kept = pathlib.Path(config.resume or "", "weights.npz")
-    return kept if config.resume and kept.exists() else pathlib.Path(config.weights or WEIGHTS)
-
-
-def open_folder(config):
+def open_folder(config, meta_params):
     """The run's folder, new or resumed, with all that the runs write to."""
     if config.resume:
-        # What is drawn afterwards is no part of what was run.
-        rendered = cli.read_config(Config, config.resume).render
-        folder = cli.old_folder(config.resume, replace(config, render=rendered))
-        if (folder / "summary.json").exists() and not (folder / "runs").exists():
-            raise cli.UsageError(f"{folder} was made before finished runs were kept; start anew without --resume")
+        folder = cli.old_folder(config.resume, config)
     else:
         folder = cli.new_folder(config.out, "evaluate", config)
     try:
-        for name in ("runs", "policies"):
+        for name in ("runs", "policies", "weights"):
             (folder / name).mkdir(exist_ok=True)
-        if "optim4rl" in config.optimizers and not (folder / "weights.npz").exists():
-            shutil.copyfile(weights_file(config), folder / "weights.npz.partial")
-            os.replace(folder / "weights.npz.partial", folder / "weights.npz")
+        for name in set(compare.LEARNED) & set(meta_params):
+            optim4rl.save(folder / "weights" / f"{name}.npz", meta_params[name], kind=name)
         (folder / "curves.csv").open("a").close()
     except OSError as error:
         raise cli.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
@@ -164,7 +166,7 @@ def report(config, folder, task, optimizer, meta_params, mesh, stop):
     row = compare.summarize(task, optimizer, alpha, runs)
     if task.play:
         values = records.deterministic_returns(folder, task.name, optimizer, alpha, config.seeds)
-        row["deterministic"], row["deterministic_low"], row["deterministic_high"] = compare.interval(values)
+        row["deterministic"], row["deterministic_low"], row["deterministic_high"] = map(float, compare.interval(values))
         row["deterministic_runs"] = values.tolist()
     return row, runs
 
@@ -200,31 +202,14 @@ def run_all(config, folder, tasks, meta_params, mesh, stop):
     return rows
 
 
-def draw(config, folder, tasks, stop):
-    """An HTML film of the first reported robot of each optimizer."""
-    for task, optimizer in itertools.product(tasks, config.optimizers):
-        if task.play:
-            end_if(stop, folder)
-            policy = records.policy_path(folder, task.name, optimizer, 0)
-            film = folder / f"{task.name}-{optimizer}.html"
-            params, obs_stats, metadata = records.load_policy(policy)
-            title = f"{task.name}, trained with {optimizer} (alpha {metadata['alpha']:g})"
-            film.write_text(render.film(task.name, params, obs_stats, jax.random.key(config.seed), title))
-            print(f"Film: {film}")
-
-
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    # A flag without a value, which cli.parse has no form for.
-    config = cli.parse(Config, PRESETS, __doc__, [x for arg in argv for x in ([arg, "1"] if arg == "--render" else [arg])])
+    config = cli.parse(Config, PRESETS, __doc__, argv)
     mesh = cli.use_devices(config.devices)
     tasks, meta_params = check(config)
-    folder = open_folder(config)
+    folder = open_folder(config, meta_params)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
     with cli.graceful_stop() as stop:
         rows = run_all(config, folder, tasks, meta_params, mesh, stop)
-        if config.render:
-            draw(config, folder, tasks, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {compare.EVALUATION_EPISODES} episodes at the end of each reported run.")

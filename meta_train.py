@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 import jax
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import a2c
@@ -28,7 +27,7 @@ import metrics
 import optim4rl
 import pipeline
 
-LEARNED_OPTIMIZERS = {"optim4rl": optim4rl.OPTIM4RL}
+LEARNED_OPTIMIZERS = compare.LEARNED
 # The paper's reward scale and alpha of each world in meta-training (appendix); elsewhere 1 and 1e-2.
 _PAPER_SETTINGS = {
     "small_dense_long": (1e3, 1e-3),
@@ -48,7 +47,7 @@ def _knob(default, help_text):
 @dataclass(frozen=True)
 class Config:
     tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long"), "comma-separated worlds to learn from")
-    optimizer: str = _knob("optim4rl", "learned optimizer")
+    optimizer: str = _knob("optim4rl", f"learned optimizer: {', '.join(LEARNED_OPTIMIZERS)}")
     num_units: int = _knob(64, "n: training units of each task")
     num_envs: int = _knob(1, "environments of a unit")
     meta_steps: int = _knob(400, "length of the run")
@@ -56,6 +55,8 @@ class Config:
         72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
     )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
+    estimator: str = _knob("gradient", "of the meta-gradient: gradient, the paper's; pes, unbiased over whole lives")
+    sigma: float = _knob(0.03, "standard deviation of pes's perturbations of the meta-parameters")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
     task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
@@ -109,10 +110,16 @@ def per_task(values, config, which):
     return list(values) * (len(config.tasks) // len(values))
 
 
+def pipeline_config(config):
+    return pipeline.Config(
+        config.num_units, config.reset_interval, config.inner_updates, config.estimator, sigma=config.sigma
+    )
+
+
 def make_tasks(config, mesh):
     """The pipeline's tasks. Gradients are clipped to [-1, 1] in all tasks but catch, as in the paper."""
     make_learned = LEARNED_OPTIMIZERS[config.optimizer].make
-    settings = pipeline.Config(config.num_units, config.reset_interval, config.inner_updates)
+    settings = pipeline_config(config)
 
     def make_task(name, alpha, reward_scale):
         learner = a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=config.num_envs))
@@ -130,6 +137,8 @@ def check(config):
     """Raises UsageError for what cannot be, before anything is written."""
     if config.optimizer not in LEARNED_OPTIMIZERS:
         raise cli.UsageError(f"unknown optimizer {config.optimizer!r}; known: {', '.join(LEARNED_OPTIMIZERS)}")
+    if config.estimator not in pipeline.ESTIMATORS:
+        raise cli.UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(pipeline.ESTIMATORS)}")
     if not config.tasks:
         raise cli.UsageError("--tasks is empty; name at least one")
     for name in config.tasks + config.test_tasks:
@@ -137,6 +146,7 @@ def check(config):
             raise cli.UsageError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES)}")
     positive = (
         "num_envs",
+        "sigma",
         "meta_steps",
         "meta_learning_rate",
         "meta_grad_clip",
@@ -161,9 +171,6 @@ def learn(config, mesh, folder):
     checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
     with checkpoints, cli.graceful_stop() as stop:
         state = pipeline.init(tasks, meta_optimizer, meta_params, run_key)
-        # All but the units lies on every device, and must come back from a checkpoint so.
-        shared = jax.device_put(state._replace(units=()), NamedSharding(mesh, PartitionSpec()))
-        state = shared._replace(units=state.units)
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         scales, saved = per_task(config.reward_scale, config, 0), time.time()
@@ -171,7 +178,7 @@ def learn(config, mesh, folder):
         bar = tqdm(
             total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True
         )
-        while bar.n < config.meta_steps and not stop:
+        while bar.n < config.meta_steps and not stop and not log.hopeless():
             state, step_metrics = pipeline.meta_step(
                 tasks, meta_optimizer, state, run_key, config.task_grad_norm or None
             )
@@ -185,6 +192,11 @@ def learn(config, mesh, folder):
         bar.close()
         if bar.n not in checkpoints.all_steps():
             save(checkpoints, folder, config, state, log)
+    if tasks_lost := log.hopeless():
+        raise SystemExit(
+            f"stopped after {bar.n} meta-steps: the meta-gradient of {', '.join(tasks_lost)} was not finite in the last "
+            f"{metrics.MAX_SKIPPED}; the weights before are in {folder}/optimizer.npz"
+        )
     if stop:
         print(f"stopped and saved after {bar.n} meta-steps; go on with: python meta_train.py --resume {folder}")
         raise SystemExit(128 + stop[0])
@@ -206,8 +218,10 @@ def save_weights(folder, config, meta_params, metadata):
 def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
-    meta_params = {"optim4rl": learned_params, "untrained": LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
-    pairs = list(itertools.product(config.test_tasks, compare.OPTIMIZERS))
+    meta_params = {config.optimizer: learned_params}
+    if config.optimizer == "optim4rl":  # elsewhere the untrained rule is SGD or Adam
+        meta_params["untrained"] = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
+    pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
     rates, seeds, key, rows = config.test_learning_rates, config.test_seeds, jax.random.key(config.seed + 1), []
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
@@ -221,7 +235,8 @@ def test(config, mesh, folder, learned_params):
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
     print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.1e} steps, {seeds} seeds.")
     print(f"Every optimizer is tuned over alpha = {rates}. Never seen in meta-training: {unseen}.")
-    print("Interquartile mean [95% bootstrap interval]; untrained is Optim4RL before meta-training, sign descent.\n")
+    untrained = "; untrained is Optim4RL before meta-training, sign descent" * ("untrained" in meta_params)
+    print(f"Interquartile mean [95% bootstrap interval]{untrained}.\n")
     print(compare.table(rows))
 
 
@@ -230,9 +245,7 @@ def main(argv=None):
     check(config)
     mesh = cli.use_devices(config.devices, divides=config.num_units)
     try:
-        pipeline.check(
-            pipeline.Config(config.num_units, config.reset_interval, config.inner_updates), mesh.devices.size
-        )
+        pipeline.check(pipeline_config(config), mesh.devices.size)
         per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)
     except ValueError as error:
         raise cli.UsageError(error) from None

@@ -11,6 +11,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+MAX_SKIPPED = 20  # meta-steps in a row in which a task's meta-gradient is not finite, before the run gives up
+
 
 class Log:
     """metrics.csv and the numbers of the progress line. Metrics stay on the device until a second has passed."""
@@ -18,9 +20,8 @@ class Log:
     def __init__(self, path, tasks, reward_scales, step):
         self.tasks, self.scales = tasks, reward_scales
         self.waiting, self.rows, self.flushed = [], [], time.time()
-        self.names = ["meta_step", "seconds"] + [
-            f"{task}/{name}" for task in tasks for name in ("meta_loss", "episode_return", "reward", "diverged")
-        ]
+        columns = ("meta_loss", "episode_return", "reward", "diverged", "skipped")
+        self.names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in tasks for name in columns]
         if step:  # keep the rows that the checkpoint has seen
             with open(path, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
@@ -47,6 +48,7 @@ class Log:
                 )
                 row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
                 row[f"{task}/diverged"] = int(values["diverged"])
+                row[f"{task}/skipped"] = int(values["skipped"])
             self.writer.writerow(row)
             self.rows.append(row)
         self.file.flush()
@@ -57,9 +59,15 @@ class Log:
         last = self.rows[-20:]
         mean = lambda name: np.mean([float(row[name]) for row in last if row[name] != ""] or [math.nan])
         losses = np.mean([mean(f"{task}/meta_loss") for task in self.tasks])
-        return {"meta-loss": f"{losses:.3g}"} | {
-            f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks
-        }
+        returns = {f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks}
+        skipped = sum(int(row[f"{task}/skipped"]) for task in self.tasks for row in self.rows)
+        return {"meta-loss": f"{losses:.3g}"} | returns | ({"skipped": skipped} if skipped else {})
+
+    def hopeless(self):
+        """The tasks whose meta-gradient was skipped in each of the last MAX_SKIPPED meta-steps."""
+        last = self.rows[-MAX_SKIPPED:]
+        every = lambda task: len(last) == MAX_SKIPPED and all(int(row[f"{task}/skipped"]) for row in last)
+        return [task for task in self.tasks if every(task)]
 
 
 def plot(path, rows, tasks):

@@ -8,9 +8,9 @@ agent-gradients that the optimizer learns from are close to IID.
 |---|---|---|
 | theta | meta_params, the learned optimizer's parameters | pytree |
 | n, m, M | num_units, reset_interval (in meta-steps), inner_updates | |
-| units | AgentState of a learner, with a leading axis of units | [U, ...] |
+| units | Unit, with a leading axis: an AgentState of a learner, or a Pair of them (pes) | [U, ...] |
 | meta-loss | the agent's loss on a fresh rollout after M updates | [U] |
-| meta_grads | d meta-loss / d theta through the M updates, a mean over units, then over tasks | like theta |
+| meta_grads | estimate of d meta-loss / d theta, a mean over units, then over tasks | like theta |
 
 Any Learner (a2c.make, ppo.make) and any LearnedOptimizer (optim4rl.OPTIM4RL) fit. Units are sharded over the devices of a
 one-axis mesh "units"; a result depends on the number of devices only through floating-point rounding, since each unit's
@@ -39,14 +39,15 @@ Example (a unit is one number w with loss w^2 / 2; the learned optimizer has one
 Copy this file: needs jax, optax.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,29 @@ class Config:
     num_units: int = 512  # n, of each task
     reset_interval: int = 288  # m; 0: no resets, which is training without the pipeline
     inner_updates: int = 4  # M
+    estimator: str = "gradient"  # of the meta-gradient, a name in ESTIMATORS; the paper's is "gradient"
+    sigma: float = 0.03  # standard deviation of the perturbations of "pes"
     units_at_once: int | None = None  # per device; None: one on a CPU, whose cache then suffices, all on an accelerator
 
 
 class Task(NamedTuple):
     """Compiled functions of one task's units."""
 
-    init: Callable  # (meta_params, key) -> units
+    init: Callable  # (meta_params, key) -> units; compiles step as well
     step: Callable  # (meta_params, units, meta_step, key) -> (meta_grads, units, metrics)
+    mesh: jax.sharding.Mesh
+
+
+class Unit(NamedTuple):
+    state: Any  # the estimator's
+    healthy: jax.Array  # [] bool: everything was finite in the last meta-step
+
+
+class Estimator(NamedTuple):
+    """How one unit estimates the meta-gradient."""
+
+    init: Callable  # (meta_params, key) -> state
+    step: Callable  # (meta_params, state, key) -> (meta_grads, state, metrics)
 
 
 class MetaState(NamedTuple):
@@ -81,28 +97,42 @@ def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
         key: the run's key, the same in every step.
         task_grad_norm: if given, each task's meta-gradient is rescaled to this norm (paper's six-task run: 0.5).
     Returns:
-        (MetaState, list of each task's metrics; see Task of make_task)
+        (MetaState, list of each task's metrics: those of make_task's Task, and skipped, whether its meta-gradient was not finite)
     """
-    all_meta_grads, all_units, all_metrics = [], [], []
-    for i, task in enumerate(tasks):
-        # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
-        meta_grads, units, metrics = task.step(
-            state.meta_params, state.units[i], state.step, jax.random.fold_in(key, i)
-        )
-        if task_grad_norm is not None:
-            meta_grads = rescale(meta_grads, task_grad_norm)
-        all_meta_grads.append(meta_grads)
-        all_units.append(units)
-        all_metrics.append(metrics)
-    meta_grads = jax.tree.map(lambda *grads: sum(grads) / len(grads), *all_meta_grads)
-    meta_params, meta_opt_state = apply(meta_optimizer, meta_grads, state.meta_opt_state, state.meta_params)
-    return MetaState(state.step + 1, meta_params, meta_opt_state, tuple(all_units)), all_metrics
+    # Reset the due units; M inner updates of every unit; meta-loss; its gradient, a mean over units.
+    results = [
+        task.step(state.meta_params, units, state.step, jax.random.fold_in(key, i))
+        for i, (task, units) in enumerate(zip(tasks, state.units))
+    ]
+    all_meta_grads, all_units, all_metrics = zip(*results)
+    meta_params, meta_opt_state, skipped = update_meta_params(
+        meta_optimizer, task_grad_norm, all_meta_grads, state.meta_opt_state, state.meta_params
+    )
+    all_metrics = [metrics | {"skipped": skipped[i]} for i, metrics in enumerate(all_metrics)]
+    return MetaState(state.step + 1, meta_params, meta_opt_state, all_units), all_metrics
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def update_meta_params(meta_optimizer, task_grad_norm, all_meta_grads, meta_opt_state, meta_params):
+    """The meta-optimizer's step along the mean of the tasks' meta-gradients; one that is not finite is skipped.
+
+    Returns: (meta_params, meta_opt_state, skipped: a bool of each task).
+    """
+    finite = [all_finite(grads) for grads in all_meta_grads]
+    if task_grad_norm is not None:
+        all_meta_grads = [rescale(grads, task_grad_norm) for grads in all_meta_grads]
+    mean = lambda *xs: sum(jnp.where(ok, x, 0) for ok, x in zip(finite, xs)) / jnp.maximum(sum(finite), 1)
+    updates, meta_opt_state = meta_optimizer.update(jax.tree.map(mean, *all_meta_grads), meta_opt_state, meta_params)
+    return optax.apply_updates(meta_params, updates), meta_opt_state, [~ok for ok in finite]
 
 
 def init(tasks, meta_optimizer, meta_params, key):
-    """The MetaState before the first meta-step: fresh units everywhere."""
-    units = tuple(task.init(meta_params, jax.random.fold_in(key, i)) for i, task in enumerate(tasks))
-    return MetaState(jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params), units)
+    """The MetaState before the first meta-step: fresh units everywhere. Compiles all tasks, side by side."""
+    shared = (jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params))
+    shared = jax.device_put(shared, NamedSharding(tasks[0].mesh, PartitionSpec()))  # the same on every device
+    with ThreadPoolExecutor() as pool:
+        units = pool.map(lambda i: tasks[i].init(shared[1], jax.random.fold_in(key, i)), range(len(tasks)))
+        return MetaState(*shared, tuple(units))
 
 
 def reset_due(meta_step, unit, num_units, reset_interval):
@@ -117,33 +147,87 @@ def reset_due(meta_step, unit, num_units, reset_interval):
     return meta_step % reset_interval == offset
 
 
-def meta_gradient(learner, make_optimizer, inner_updates, meta_params, unit, key):
-    """The meta-gradient of one unit: M inner updates, then the agent's loss on a fresh rollout, differentiated by jax.grad.
+def unroll(learner, optimizer, inner_updates, agent, key):
+    """M inner updates of an agent: (agent, metrics [M] each)."""
+    return jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, jax.random.split(key, inner_updates))
 
-    The unit's state at the start counts as given, however it came about: the gradient is truncated to these M updates.
+
+def meta_gradient(learner, make_optimizer, inner_updates, meta_params, agent, key):
+    """The paper's estimate: M inner updates, then the agent's loss on a fresh rollout, differentiated by jax.grad.
+
+    The agent's state at the start counts as given, however it came about: the gradient is truncated to these M updates.
 
     Args:
         learner: Learner.
         make_optimizer: meta_params -> optax.GradientTransformation.
         inner_updates: M.
         meta_params: pytree.
-        unit: AgentState of one unit.
+        agent: AgentState.
         key: jax PRNG key.
     Returns:
-        (meta_grads like meta_params, unit after the updates, metrics: those of the learner, averaged over the rollouts
+        (meta_grads like meta_params, agent after the updates, metrics: those of the learner, averaged over the rollouts
         of the updates and of the meta-loss, and meta_loss)
     """
+    unroll_key, loss_key = jax.random.split(key)
 
     def meta_loss(meta_params):
-        optimizer = make_optimizer(meta_params)
-        *update_keys, loss_key = jax.random.split(key, inner_updates + 1)
-        updated, metrics = jax.lax.scan(lambda u, k: learner.update(optimizer, u, k), unit, jnp.stack(update_keys))
+        updated, metrics = unroll(learner, make_optimizer(meta_params), inner_updates, agent, unroll_key)
         loss, (updated, last) = learner.loss(updated, loss_key)
         metrics = jax.tree.map(lambda xs, x: (xs.sum() + x) / (inner_updates + 1), metrics, last)
         return loss, (updated, metrics | {"meta_loss": loss})
 
-    meta_grads, (unit, metrics) = jax.grad(meta_loss, has_aux=True)(meta_params)
-    return meta_grads, unit, metrics
+    meta_grads, (agent, metrics) = jax.grad(meta_loss, has_aux=True)(meta_params)
+    return meta_grads, agent, metrics
+
+
+def gradient(learner, make_optimizer, config):
+    """The paper's Estimator; its state is an AgentState."""
+
+    def init(meta_params, key):
+        return learner.init(key, make_optimizer(meta_params))
+
+    return Estimator(init, partial(meta_gradient, learner, make_optimizer, config.inner_updates))
+
+
+class Pair(NamedTuple):
+    agents: Any  # AgentState, each leaf [2, ...]: one lived with theta + epsilon, one with theta - epsilon
+    perturbation: Any  # like theta: the sum of the first agent's epsilons since the unit's reset
+
+
+def pes(learner, make_optimizer, config):
+    """Persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021): an Estimator without the truncation's bias.
+
+    Two agents of equal randomness differ only in the optimizer: theta + epsilon and theta - epsilon, epsilon ~ N(0, sigma^2)
+    anew in each meta-step. The difference of their losses is due to all epsilons of their life, not only to the last one:
+
+        meta_grads = (epsilon_1 + ... + epsilon_t) (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
+
+    is, in the mean over lives, the gradient of the mean loss over a whole life, for a Gaussian-smoothed theta. The loss is
+    minus the mean reward: what an agent is for, which its own loss is not. Forward passes only.
+    """
+
+    def init(meta_params, key):
+        agent = learner.init(key, make_optimizer(meta_params))
+        return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), jax.tree.map(jnp.zeros_like, meta_params))
+
+    def step(meta_params, pair, key):
+        epsilon_key, unroll_key = jax.random.split(key)
+        epsilon = optax.tree.random_like(epsilon_key, meta_params)
+        perturbation = jax.tree.map(lambda total, e: total + config.sigma * e, pair.perturbation, epsilon)
+
+        def live(sign, agent):
+            optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * config.sigma * e, meta_params, epsilon))
+            return unroll(learner, optimizer, config.inner_updates, agent, unroll_key)
+
+        agents, metrics = jax.lax.map(lambda x: live(*x), (jnp.array([1.0, -1.0]), pair.agents))
+        losses = -metrics["reward"].mean(1)  # (2,)
+        meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * config.sigma**2), perturbation)
+        return meta_grads, Pair(agents, perturbation), jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
+
+    return Estimator(init, step)
+
+
+ESTIMATORS = {"gradient": gradient, "pes": pes}
 
 
 def make_task(learner, make_optimizer, config=Config(), mesh=None):
@@ -156,7 +240,7 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
         config: Config.
         mesh: jax.sharding.Mesh with the one axis "units"; default: one device.
     Returns:
-        Task. A unit whose parameters or meta-gradient are not finite is left out of every mean and starts afresh in the
+        Task. A unit whose metrics or meta-gradient are not finite is left out of every mean and starts afresh in the
         next step. metrics: the means of meta_gradient's, and diverged, the number of such units.
     Raises:
         ValueError: sizes below one, or units that the devices cannot share equally.
@@ -168,48 +252,57 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
     units_at_once = config.units_at_once or (1 if on_cpu else config.num_units // num_devices)
     # A batch of one is a plain loop, in which a reset that is not due costs nothing.
     each = lambda f, *xs: jax.lax.map(lambda x: f(*x), xs, batch_size=None if units_at_once == 1 else units_at_once)
-    ids = np.arange(config.num_units)
+    local_units = config.num_units // num_devices
+
+    estimator = ESTIMATORS[config.estimator](learner, make_optimizer, config)
 
     def fresh(meta_params, key):
-        return learner.init(key, make_optimizer(meta_params))
+        return Unit(estimator.init(meta_params, key), jnp.array(True))
 
     def live(meta_params, unit, id, meta_step, key):
         """One meta-step in the life of one unit."""
-        reset_key, unroll_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, id), meta_step))
-        due = reset_due(meta_step, id, config.num_units, config.reset_interval) | ~all_finite(unit.params)
+        reset_key, unroll_key = unit_keys(key, id, meta_step)
+        due = reset_due(meta_step, id, config.num_units, config.reset_interval) | ~unit.healthy
         unit = jax.lax.cond(due, lambda: fresh(meta_params, reset_key), lambda: unit)
-        return meta_gradient(learner, make_optimizer, config.inner_updates, meta_params, unit, unroll_key)
+        meta_grads, state, metrics = estimator.step(meta_params, unit.state, unroll_key)
+        return meta_grads, Unit(state, all_finite((meta_grads, metrics))), metrics
 
-    def init_local(meta_params, ids, key):
-        return each(lambda id: fresh(meta_params, jax.random.fold_in(key, id)), ids)
+    def local_ids():  # of this device's units, among all units of the task
+        return jax.lax.axis_index("units") * local_units + jnp.arange(local_units)
 
-    def step_local(meta_params, units, ids, meta_step, key):
-        meta_grads, units, metrics = each(lambda unit, id: live(meta_params, unit, id, meta_step, key), units, ids)
-        finite = jax.vmap(all_finite)((meta_grads, units.params, metrics))  # (U / devices,)
-        num_finite = jax.lax.psum(finite.sum(), "units")
+    def init_local(meta_params, key):
+        return each(lambda id: fresh(meta_params, unit_keys(key, id, -1)[0]), local_ids())
 
-        # Whatever was not finite, the parameters tell the next step, which resets such a unit.
-        params = jax.tree.map(lambda x: jnp.where(per_unit(finite, x), x, jnp.nan), units.params)
+    def step_local(meta_params, units, meta_step, key):
+        step_unit = lambda unit, id: live(meta_params, unit, id, meta_step, key)
+        meta_grads, units, metrics = each(step_unit, units, local_ids())
+        num_healthy = jax.lax.psum(units.healthy.sum(), "units")
 
-        def mean(x):  # over the finite units of all devices
-            kept = jnp.where(per_unit(finite, x), x, 0)
-            return jax.lax.psum(kept.sum(0), "units") / jnp.maximum(num_finite, 1)
+        def mean(x):  # over the healthy units of all devices; NaN, which meta_step skips, where there are none
+            healthy = units.healthy.reshape(-1, *[1] * (x.ndim - 1))
+            return jax.lax.psum(jnp.where(healthy, x, 0).sum(0), "units") / num_healthy
 
         meta_grads, metrics = jax.tree.map(mean, (meta_grads, metrics))
-        return meta_grads, units._replace(params=params), metrics | {"diverged": config.num_units - num_finite}
+        return meta_grads, units, metrics | {"diverged": config.num_units - num_healthy}
 
     one, many = PartitionSpec(), PartitionSpec("units")
     # The replication checker cannot follow a gradient that is averaged by hand: psum makes the outputs equal everywhere.
     shard = lambda f, ins, outs: jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
-    init_all = jax.jit(shard(init_local, (one, many, one), many))
-    step_all = jax.jit(shard(step_local, (one, many, many, one, one), (one, many, one)), donate_argnums=1)
+    init_all = jax.jit(shard(init_local, (one, one), many))
+    step_all = jax.jit(shard(step_local, (one, many, one, one), (one, many, one)), donate_argnums=1)
+
+    def init(meta_params, key):
+        units = init_all(meta_params, key)
+        meta_step = jax.device_put(jnp.int32(0), NamedSharding(mesh, one))
+        step_all.lower(meta_params, units, meta_step, key).compile()  # the first call of step will find it compiled
+        return units
 
     def step(meta_params, units, meta_step, key):
-        results = step_all(meta_params, units, ids, meta_step, key)
+        results = step_all(meta_params, units, meta_step, key)
         # On CPU devices, which share one thread pool, two programs that both wait for a sum can block each other for ever.
         return jax.block_until_ready(results) if on_cpu else results
 
-    return Task(init=lambda meta_params, key: init_all(meta_params, ids, key), step=step)
+    return Task(init, step, mesh)
 
 
 def check(config, num_devices):
@@ -227,20 +320,12 @@ def all_finite(tree):
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
-def per_unit(flags, x):
-    """Flags [U] in a shape that broadcasts to x [U, ...]."""
-    return flags.reshape(-1, *[1] * (x.ndim - 1))
+def unit_keys(key, id, meta_step):
+    """(reset_key, unroll_key) of a unit at a meta-step; -1 is before the first."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, id), meta_step + 1))
 
 
 def rescale(grads, norm):
     """Gradients of that global norm; zero gradients stay zero."""
     scale = norm / jnp.maximum(optax.tree.norm(grads), 1e-12)
     return jax.tree.map(lambda g: scale * g, grads)
-
-
-def _apply(meta_optimizer, meta_grads, meta_opt_state, meta_params):
-    updates, meta_opt_state = meta_optimizer.update(meta_grads, meta_opt_state, meta_params)
-    return optax.apply_updates(meta_params, updates), meta_opt_state
-
-
-apply = jax.jit(_apply, static_argnums=0)

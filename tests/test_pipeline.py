@@ -30,6 +30,9 @@ class Learner(NamedTuple):
 def noisy_learner(break_params=False):
     """Three numbers, noisy gradients of |w|^2 / 2 from the key. Deterministic given its keys, different for each unit."""
 
+    def measure(params):
+        return {"reward": -jnp.sum(params**2)}
+
     def init(key, optimizer):
         params = jax.random.normal(key, (3,))
         return Unit(params, optimizer.init(params), jnp.zeros(()))
@@ -39,11 +42,11 @@ def noisy_learner(break_params=False):
         updates, opt_state = optimizer.update(grads, unit.opt_state, unit.params)
         params = unit.params + updates
         params = jnp.where(unit.poison * break_params != 0, jnp.nan, params)
-        return Unit(params, opt_state, unit.poison), {"size": jnp.sum(params**2)}
+        return Unit(params, opt_state, unit.poison), measure(params)
 
     def loss(unit, key):
         value = jnp.sum((unit.params + 0.1 * jax.random.normal(key, (3,))) ** 2) / 2
-        return value * jnp.where(unit.poison != 0, jnp.nan, 1.0), (unit, {"size": jnp.sum(unit.params**2)})
+        return value * jnp.where(unit.poison != 0, jnp.nan, 1.0), (unit, measure(unit.params))
 
     return Learner(init, update, loss)
 
@@ -70,7 +73,7 @@ def assert_close(x, y, tolerance=FLOAT32):
 
 
 def one_unit(units, i):
-    return jax.tree.map(lambda x: np.asarray(x[i]), units)
+    return jax.tree.map(lambda x: np.asarray(x[i]), units.state)
 
 
 def test_resets_follow_the_schedule_of_the_paper():
@@ -84,26 +87,27 @@ def test_resets_follow_the_schedule_of_the_paper():
     assert not np.any(pipeline.reset_due(np.arange(100)[:, None], np.arange(8), 8, 0))  # interval 0: never
 
 
-def test_a_reset_unit_has_nothing_left_of_its_past():
-    task = make_task()
+@pytest.mark.parametrize("estimator", pipeline.ESTIMATORS)
+def test_a_reset_unit_has_nothing_left_of_its_past(estimator):
+    task = make_task(estimator=estimator)
     pasts = [task.init(THETA, jax.random.key(seed)) for seed in (2, 3)]
     renewed = set()
     for step in range(5):
         units_a, units_b = (run(task, units, range(step + 1))[1] for units in pasts)
         renewed |= {i for i in range(6) if int(np.floor(np.linspace(0, 4, 6)[i])) == step}
         for i in range(6):
-            same = jax.tree.map(np.array_equal, one_unit(units_a, i), one_unit(units_b, i))
-            assert np.all(same.params) == (i in renewed) and jax.tree.all(same.opt_state) == (i in renewed)
+            same = jax.tree.leaves(jax.tree.map(np.array_equal, one_unit(units_a, i), one_unit(units_b, i)))
+            assert all(same) == (i in renewed)
 
 
 def test_units_do_not_influence_one_another():
     task = make_task(reset_interval=0)
     units = task.init(THETA, jax.random.key(2))
-    perturbed = units._replace(params=units.params.at[2].add(0.1))
+    perturbed = units._replace(state=units.state._replace(params=units.state.params.at[2].add(0.1)))
     _, after, _ = run(task, units, range(3))
     _, after_perturbed, _ = run(task, perturbed, range(3))
     for i in range(6):
-        same = np.array_equal(after.params[i], after_perturbed.params[i])
+        same = np.array_equal(after.state.params[i], after_perturbed.state.params[i])
         assert same == (i != 2)  # to the bit
 
 
@@ -153,23 +157,74 @@ def test_a_step_is_the_mean_of_a_python_loop_over_units():
     meta_grads, after, metrics = run(task, units, [2])
     results = []
     for i in range(6):
-        reset_key, unroll_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, i), 2))
-        unit = jax.tree.map(lambda x: x[i], units)
+        reset_key, unroll_key = pipeline.unit_keys(key, i, 2)
+        unit = jax.tree.map(lambda x: x[i], units.state)
         if int(np.floor(np.linspace(0, 4, 6)[i])) == 2:
             unit = learner.init(reset_key, make_optimizer(THETA))
         results.append(pipeline.meta_gradient(learner, make_optimizer, 3, THETA, unit, unroll_key))
     all_grads, all_units, all_metrics = (jax.tree.map(lambda *xs: np.stack(xs), *x) for x in zip(*results))
-    assert_close(after, all_units)
+    assert_close(after.state, all_units)
     assert_close(meta_grads, jax.tree.map(lambda x: x.mean(0), all_grads))
     assert_close(metrics, jax.tree.map(lambda x: x.mean(0), all_metrics) | {"diverged": 0})
 
 
-def test_two_devices_and_batches_of_units_change_only_the_rounding():
+@pytest.mark.parametrize("estimator", pipeline.ESTIMATORS)
+def test_two_devices_and_batches_of_units_change_only_the_rounding(estimator):
     mesh = jax.sharding.Mesh(jax.devices("cpu")[:2], ("units",))
-    plain = make_task()
+    plain = make_task(estimator=estimator)
     expected = run(plain, plain.init(THETA, jax.random.key(2)), range(6))
-    for task in (make_task(mesh=mesh), make_task(units_at_once=4), make_task(mesh=mesh, units_at_once=3)):
+    for config in (dict(mesh=mesh), dict(units_at_once=4), dict(mesh=mesh, units_at_once=3)):
+        task = make_task(estimator=estimator, **config)
         assert_close(run(task, task.init(THETA, jax.random.key(2)), range(6)), expected)
+
+
+def test_evolution_strategies_are_those_of_a_numpy_loop():
+    """Three meta-steps of one pair: perturbations add up, both agents see the same noise, and only the optimizers differ."""
+    sigma, random = 0.1, jax.random.key(3)
+    estimator = pipeline.pes(noisy_learner(), make_optimizer, pipeline.Config(inner_updates=3, sigma=sigma))
+    pair = estimator.init(THETA, random)
+    total = {"log_rate": 0.0, "decay": 0.0}
+    params, momentum = np.array(pair.agents.params), np.zeros((2, 3))
+    for key in jax.random.split(random, 3):
+        meta_grads, pair, metrics = estimator.step(THETA, pair, key)
+        epsilon_key, unroll_key = jax.random.split(key)
+        epsilon = jax.tree.map(lambda e: sigma * float(e), optax.tree.random_like(epsilon_key, THETA))
+        total = {name: total[name] + epsilon[name] for name in total}
+        losses = np.zeros(2)
+        for noise in (np.array(jax.random.normal(k, (3,))) for k in jax.random.split(unroll_key, 3)):
+            for i, sign in enumerate((1, -1)):
+                rate, decay = (float(THETA[name]) + sign * epsilon[name] for name in ("log_rate", "decay"))
+                momentum[i] = params[i] + noise + decay * momentum[i]
+                params[i] -= np.exp(rate) * momentum[i]
+                losses[i] += np.sum(params[i] ** 2) / 3
+        expected = {name: total[name] * (losses[0] - losses[1]) / (2 * sigma**2) for name in total}
+        assert_close(meta_grads, expected, dict(rtol=1e-3, atol=1e-4))  # a difference of like numbers over sigma^2
+        assert_close((pair.agents.params, metrics["meta_loss"]), (params, losses.mean()), GOLDEN)
+
+
+def test_evolution_strategies_see_the_whole_life_where_the_gradient_sees_its_last_window():
+    # w grows by theta in each of 5 windows; loss w^2. Over a life: d/dtheta mean_t (t theta)^2 = 2 theta mean_t t^2 = 22 theta.
+    # Truncated, the w before the window counts as given: 2 theta mean_t t = 6 theta.
+    def update(optimizer, unit, key):
+        updates, opt_state = optimizer.update(jnp.ones(()), unit.opt_state)
+        params = unit.params + updates
+        return Unit(params, opt_state), {"reward": -(params**2)}
+
+    init = lambda key, optimizer: Unit(jnp.zeros(()), optimizer.init(0.0))
+    learner = Learner(init, update, lambda unit, key: (unit.params**2, (unit, {"reward": -(unit.params**2)})))
+    make, theta, num_units, grads = lambda theta: optax.sgd(-theta), jnp.array(0.5), 2000, {}
+    for estimator in pipeline.ESTIMATORS:
+        config = pipeline.Config(num_units, 5, 1, estimator, sigma=0.1)
+        task = pipeline.make_task(learner, make, config)
+        units = task.init(theta, jax.random.key(0))
+        means = []
+        for step in range(30):
+            meta_grads, units, _ = task.step(theta, units, jnp.int32(step), jax.random.key(1))
+            means.append(meta_grads)
+        grads[estimator] = np.array(means[5:])  # by then every unit began at its own time; all ages in 5 meta-steps
+    np.testing.assert_allclose(grads["gradient"].mean(), 3.0, rtol=1e-3)
+    error = grads["pes"].std() / np.sqrt(25)
+    assert abs(grads["pes"].mean() - 11.0) < 4 * error and error < 0.5
 
 
 @pytest.mark.parametrize("break_params", [True, False])
@@ -177,18 +232,18 @@ def test_a_diverged_unit_is_left_out_counted_and_reset(break_params):
     """Either its parameters or its meta-gradient alone are not finite."""
     task, key = make_task(noisy_learner(break_params), reset_interval=0), jax.random.key(1)
     healthy = task.init(THETA, jax.random.key(2))
-    poisoned = healthy._replace(poison=healthy.poison.at[4].set(1.0))
+    poisoned = healthy._replace(state=healthy.state._replace(poison=healthy.state.poison.at[4].set(1.0)))
     meta_grads, after, metrics = run(task, poisoned, [0])
     assert metrics["diverged"] == 1
     learner, all_grads = noisy_learner(), []
     for i in (0, 1, 2, 3, 5):
-        unroll_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, i), 0))[1]
-        unit = jax.tree.map(lambda x: x[i], healthy)
+        unroll_key = pipeline.unit_keys(key, i, 0)[1]
+        unit = jax.tree.map(lambda x: x[i], healthy.state)
         all_grads.append(pipeline.meta_gradient(learner, make_optimizer, 3, THETA, unit, unroll_key)[0])
     assert_close(meta_grads, jax.tree.map(lambda *xs: np.mean(xs, 0), *all_grads))
 
     _, after, metrics = run(task, after, [1])
-    assert metrics["diverged"] == 0 and after.poison[4] == 0 and np.all(np.isfinite(after.params))
+    assert metrics["diverged"] == 0 and after.state.poison[4] == 0 and np.all(np.isfinite(after.state.params))
 
 
 def test_several_tasks_are_averaged_each_rescaled_if_asked():
@@ -205,6 +260,20 @@ def test_several_tasks_are_averaged_each_rescaled_if_asked():
         assert_close(state.meta_params, expected)
         assert state.step == 1 and len(metrics) == 2
     assert not np.any(pipeline.rescale(jnp.zeros(3), 0.5))  # a zero gradient stays zero
+
+
+def test_a_task_without_a_finite_meta_gradient_is_skipped():
+    key, meta_optimizer = jax.random.key(7), optax.sgd(1.0)
+    tasks = [make_task(reset_interval=0) for _ in range(2)]
+    state = pipeline.init(tasks, meta_optimizer, THETA, key)
+    healthy, lost = state.units
+    poisoned = lost._replace(state=lost.state._replace(poison=jnp.ones(6)))
+    expected = tasks[0].step(THETA, jax.tree.map(jnp.copy, healthy), state.step, jax.random.fold_in(key, 0))[0]
+    state, metrics = pipeline.meta_step(tasks, meta_optimizer, state._replace(units=(healthy, poisoned)), key)
+    assert [bool(m["skipped"]) for m in metrics] == [False, True] and metrics[1]["diverged"] == 6
+    assert_close(state.meta_params, jax.tree.map(lambda p, g: p - g, THETA, expected))
+    _, metrics = pipeline.meta_step(tasks, meta_optimizer, state, key)
+    assert not any(m["skipped"] for m in metrics)  # all its units began afresh
 
 
 @pytest.mark.parametrize("size, value", [("num_units", 0), ("reset_interval", -1), ("inner_updates", 0)])

@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+import brax_env
 import cli
 import compare
 import evaluate
 import meta_train
 import optim4rl
+import ppo
+import records
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
@@ -54,7 +57,7 @@ def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
     assert json.loads((folder / "config.json").read_text())["versions"]["jax"] == jax.__version__
     assert (folder / "curves.png").stat().st_size > 1000
     rows = json.loads((folder / "summary.json").read_text())
-    assert [row["optimizer"] for row in rows] == list(compare.OPTIMIZERS)
+    assert [row["optimizer"] for row in rows] == list(compare.DEFAULT_OPTIMIZERS)
     assert all(-1 <= row["final"] <= 1 for row in rows) and "rmsprop" in out
 
 
@@ -72,6 +75,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(whole_run, tmp_path):
     once, twice = (optim4rl.load(path / "optimizer.npz")[0] for path in (whole_run[0], folder))
     jax.tree.map(np.testing.assert_array_equal, once, twice)
     assert [row["meta_step"] for row in read_csv(metrics)] == [str(step) for step in range(6)]
+
+
+def test_a_task_lost_for_good_ends_the_run_and_is_named(tmp_path):
+    """Steps of 1e12 overflow every agent's parameters, and so every meta-gradient."""
+    flags = "--tasks small_dense_short,catch --num-units 2 --meta-steps 60 --alpha 1e12,1e-3 --test-tasks ,"
+    code, _, err = finish("meta_train.py", f"{flags} --out {tmp_path / 'run'}")
+    assert code == 1 and "the meta-gradient of small_dense_short was not finite in the last 20" in err, err
+    assert "Traceback" not in err
+    optim4rl.load(tmp_path / "run" / "optimizer.npz")
+    assert all(row["small_dense_short/skipped"] == "1" for row in read_csv(tmp_path / "run" / "metrics.csv"))
 
 
 def test_a_resume_with_another_config_is_refused(whole_run):
@@ -101,6 +114,41 @@ def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run,
     }
     assert len(json.loads((folder / "summary.json").read_text())) == 4
     assert (folder / "curves.png").stat().st_size > 1000 and "interval" in out
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_result_and_runs_nothing_twice(tmp_path):
+    flags = "--tasks catch,inverted_pendulum --optimizers adam --learning-rate 1e-3,1e-2 --seeds 3 --steps 3e4"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
+    process, kept = start("evaluate.py", f"{flags} --out {killed}"), killed / "runs"
+    while len(list(kept.glob("catch-*.npz")) if kept.exists() else ()) < 3:
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
+    code, out, err = finish("evaluate.py", f"--resume {killed}")
+    assert code == 0, err
+    for name in ("summary.json", "curves.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert all((kept / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert "return without noise" in out
+
+    params, obs_stats, metadata = records.load_policy(killed / "policies" / "inverted_pendulum-adam-0.npz")
+    returns = ppo.evaluate(brax_env.make(metadata["task"]), params, obs_stats, jax.random.key(0), 8)
+    assert metadata["optimizer"] == "adam" and np.all(np.asarray(returns) > 0)
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes((killed / "policies" / "inverted_pendulum-adam-0.npz").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        records.load_policy(damaged)
+
+
+def test_a_stopped_evaluation_says_how_to_go_on(tmp_path):
+    process = start("evaluate.py", f"--tasks catch --optimizers adam --learning-rate 1e-3 --out {tmp_path / 'run'}")
+    while not (tmp_path / "run" / "runs").exists():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and f"evaluate.py --resume {tmp_path / 'run'}" in out and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -160,6 +208,34 @@ def test_weights_of_another_kind_or_size_are_refused(tmp_path):
     for path, message in ((other, "'star'"), (large, "expected")):
         with pytest.raises(cli.UsageError, match=message):
             evaluate.check(evaluate.Config(optimizers=("optim4rl",), weights=str(path)))
+
+
+def test_each_learned_optimizer_takes_its_own_weights_by_name(tmp_path):
+    files = {name: str(tmp_path / f"{name}.npz") for name in compare.LEARNED}
+    for i, (name, learned) in enumerate(compare.LEARNED.items()):
+        optim4rl.save(files[name], learned.init(jax.random.key(i)), kind=name)
+    weights = ",".join(f"{name}={file}" for name, file in files.items())
+    config = evaluate.Config(tasks=("catch",), optimizers=(*files, "untrained"), weights=weights)
+    _, meta_params = evaluate.check(config)
+    for i, (name, learned) in enumerate(compare.LEARNED.items()):
+        jax.tree.map(np.testing.assert_array_equal, meta_params[name], learned.init(jax.random.key(i)))
+    with pytest.raises(cli.UsageError, match="star needs weights: python meta_train.py --optimizer star"):
+        evaluate.check(evaluate.Config(optimizers=("star",), weights=files["optim4rl"]))
+    with pytest.raises(cli.UsageError, match="--weights names 'sta'; known: optim4rl, linear_optim"):
+        evaluate.check(evaluate.Config(optimizers=("star",), weights=f"sta={files['star']}"))
+    with pytest.raises(cli.UsageError, match="holds weights of 'star', not of 'l2lgd2'"):
+        evaluate.check(evaluate.Config(optimizers=("l2lgd2",), weights=f"l2lgd2={files['star']}"))
+
+
+def test_star_is_meta_trained_and_evaluated_by_name(tmp_path):
+    flags = "--optimizer star --tasks catch --num-units 2 --meta-steps 2 --reset-interval 2 --test-tasks catch"
+    code, out, err = finish("meta_train.py", f"{flags} {TINY_TEST} --out {tmp_path / 'meta'}")
+    assert code == 0 and "star" in out and "untrained" not in out, err
+    flags = f"--tasks catch --optimizers star,adam --weights star={tmp_path / 'meta' / 'optimizer.npz'} --learning-rate 1e-3"
+    code, _, err = finish("evaluate.py", f"{flags} --seeds 2 --steps 1e4 --out {tmp_path / 'test'}")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "test" / "summary.json").read_text())
+    assert [row["optimizer"] for row in rows] == ["star", "adam"] and all(-1 <= row["final"] <= 1 for row in rows)
 
 
 def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():

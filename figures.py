@@ -1,0 +1,260 @@
+"""Program: the paper's figures, from our own runs. Each figure's docstring names the commands that make its inputs.
+
+    python figures.py figure1                               # A2C's gradients over its life: 2 minutes on a CPU core
+    python figures.py figure5                               # the same in supervised learning, beside figure 1: seconds
+    python figures.py figure2                               # pipeline training's resets, and the update rule
+    python figures.py figure3 --results DIR,DIR             # learning curves from evaluate.py's folders; figure4 too
+
+Figures 1 and 5 keep small histograms in --results, and draw what is there already; any other data need another folder.
+"""
+
+import csv
+import dataclasses
+import itertools
+import pathlib
+import sys
+import zipfile
+
+import jax
+import matplotlib
+import numpy as np
+import scipy.stats
+from tqdm import tqdm
+
+import cli
+import compare
+import gradients
+import pipeline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PHASES = ("beginning", "middle", "end")
+
+
+def _knob(default, help_text):
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    results: str | None = _knob(
+        None, "folder of the data, comma-separated folders for figures 3 and 4; none: results/FIGURE"
+    )
+    out: str | None = _knob(None, "folder of the picture; none: the first of --results")
+    updates: int = _knob(300, "figures 1 and 5: updates in the agent's or network's life")
+    num_envs: int = _knob(512, "figure 1: environments of the agent")
+    batch_size: int = _knob(128, "figure 5: images in a batch")
+    learning_rate: float = _knob(1e-3, "figures 1 and 5: alpha of RMSProp")
+    mnist: str | None = _knob(
+        None, "figure 5: IMAGES,LABELS (IDX files, also .gz) or one .npz; none: scikit-learn's digits"
+    )
+    num_units: int = _knob(8, "figure 2: units n")
+    reset_interval: int = _knob(24, "figure 2: reset interval m")
+    seed: int = _knob(0, "seed of everything")
+
+
+PRESETS = {"quick": {}, "paper": dict(updates=2930, num_units=512, reset_interval=288)}  # 2930 updates: 3e7 steps
+
+
+def figure1(config, folder, out):
+    """Histograms of A2C's gradients at three phases of life on big_dense_long with RMSProp (paper: Figure 1).
+
+    python figures.py figure1 [--preset paper]
+    """
+    make_histograms(config, folder, "figure1", gradients.a2c_step)
+    return draw_histograms(out / "figure1.png", {"A2C on big_dense_long": read_histograms(folder)})
+
+
+def figure5(config, folder, out):
+    """The same for supervised learning of digits (paper: Figure 5), beside figure 1 where results/figure1 is there.
+
+    python figures.py figure5 [--mnist train-images-idx3-ubyte.gz,train-labels-idx1-ubyte.gz]
+    """
+    make_histograms(config, folder, "figure5", gradients.supervised_step)
+    panels, beside = {}, pathlib.Path("results/figure1")
+    if (beside / "histograms.npz").exists():
+        panels["A2C on big_dense_long"] = read_histograms(beside)
+    data = "MNIST" if cli.read_config(Config, folder).mnist else "scikit-learn's digits"
+    return draw_histograms(out / "figure5.png", panels | {f"supervised, {data}": read_histograms(folder)})
+
+
+def make_histograms(config, folder, figure, make_step):
+    """Collects a figure's data, unless the folder holds them: histograms.npz with counts [3, B], edges [B + 1]."""
+    if (folder / "histograms.npz").exists():
+        saved = cli.read_config(Config, folder)
+        for field in dataclasses.fields(Config)[2:]:
+            value, before = getattr(config, field.name), getattr(saved, field.name)
+            if value not in (before, field.default):
+                flag = "--" + field.name.replace("_", "-")
+                raise cli.UsageError(f"{folder} holds data of {flag} {before}, not {value}; choose another --results")
+        return
+    cli.check_positive(config, ("updates", "num_envs", "batch_size", "learning_rate"))
+    step, state, key = make_step(config)  # before the folder is made: bad input leaves nothing behind
+    cli.new_folder(folder, figure, dataclasses.replace(config, results=None, out=None))
+    length = max(1, config.updates // 30)  # updates of a phase: enough to see its whole distribution
+    starts = np.linspace(0, config.updates - length, len(PHASES)).astype(int)
+    counts = np.zeros((len(PHASES), len(gradients.EDGES) - 1), int)
+    for t, step_key in enumerate(tqdm(jax.random.split(key, config.updates), desc=figure, unit="update")):
+        state, histogram = step(state, step_key)
+        inside = (starts <= t) & (t < starts + length)
+        if inside.any():
+            counts[inside] += np.asarray(histogram)
+    np.savez_compressed(folder / "histograms.npz", counts=counts, edges=gradients.EDGES)
+
+
+def read_histograms(folder):
+    """(counts [3, B], edges [B + 1])."""
+    try:
+        with np.load(folder / "histograms.npz", allow_pickle=False) as file:
+            return file["counts"], file["edges"]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise cli.UsageError(f"{folder}/histograms.npz is damaged ({error}); delete it and run again") from None
+
+
+def drift(counts, edges):
+    """Mean Wasserstein distance of log10|g| between pairs of phases, in decades: counts [3, B], edges [B + 1]."""
+    centers = (edges[:-1] + edges[1:]) / 2
+    pairs = itertools.combinations(counts, 2)
+    return float(np.mean([scipy.stats.wasserstein_distance(centers, centers, a, b) for a, b in pairs]))
+
+
+def draw_histograms(path, panels):
+    """panels: {title: (counts, edges)}, one panel each on one scale; prints each one's drift."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 4.5 * len(panels), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (title, (counts, edges)) in zip(axes[0], panels.items()):
+        for phase, count in zip(PHASES, counts):
+            axis.stairs(count / count.sum(), edges, label=phase, linewidth=1.5)
+        axis.set(title=f"{title}\ndrift {drift(counts, edges):.2f} decades", xlabel="log10(|g| + 1e-8)")
+        print(
+            f"{title}: drift {drift(counts, edges):.3f} decades (mean Wasserstein distance between {', '.join(PHASES)})"
+        )
+    axes[0, 0].set(ylabel="share of all scalars", ylim=(0, None))
+    axes[0, 0].legend(frameon=False)
+    return save(figure, path)
+
+
+def reset_table(num_units, reset_interval, num_steps):
+    """(due, age), each [U, S]: whether a unit starts afresh (pipeline.reset_due itself); meta-steps since it did."""
+    steps, units = np.arange(num_steps), np.arange(num_units)[:, None]
+    due = np.asarray(pipeline.reset_due(steps, units, num_units, reset_interval))
+    born = np.maximum.accumulate(np.where(due, steps, 0), axis=1)  # all start at step 0
+    return due, steps - born
+
+
+def figure2(config, folder, out):
+    """Pipeline training's staggered resets, and Optim4RL's update rule (paper: Figure 2). Needs no run.
+
+    python figures.py figure2
+    """
+    cli.check_positive(config, ("num_units", "reset_interval"))
+    due, age = reset_table(config.num_units, config.reset_interval, 3 * config.reset_interval)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(3, 2), layout="constrained")
+    image = left.imshow(age, aspect="auto", interpolation="nearest", cmap="Blues", origin="lower")
+    unit, step = np.nonzero(due)
+    left.scatter(step, unit, s=24, marker="|", color="tab:red")
+    left.set(title=f"Ages of {config.num_units} units, each reset (red) every {config.reset_interval} meta-steps")
+    left.set(xlabel="meta-step", ylabel="unit")
+    figure.colorbar(image, label="age in meta-steps")
+    rule = "g, h1  $\\to$  GRU1  $\\to$  Linear1  $\\to$  o1\n$m = \\mathrm{sign}(g)\\,\\exp(o_1)$\n\n"
+    rule += "g$^2$, h2  $\\to$  GRU2  $\\to$  Linear2  $\\to$  o2\n$v = \\exp(o_2)$\n\n"
+    rule += "$\\Delta\\theta = -\\alpha\\, m\\, /\\, \\sqrt{v + \\epsilon}$"
+    right.text(0.5, 0.5, rule, ha="center", va="center", fontsize=14, linespacing=1.5, transform=right.transAxes)
+    right.set(title="The rule, for every scalar alike")
+    right.axis("off")
+    return save(figure, out / "figure2.png")
+
+
+def read_curves(folders):
+    """{(task, optimizer): (steps [K], returns [R, K])} from the curves.csv of evaluate.py's folders."""
+    curves = {}
+    for folder in folders:
+        rows, path = {}, pathlib.Path(folder) / "curves.csv"
+        try:
+            with open(path, newline="") as file:
+                for row in csv.DictReader(file):
+                    runs = rows.setdefault((row["task"], row["optimizer"]), {})
+                    runs.setdefault(int(row["run"]), {})[int(row["step"])] = float(row["episode_return"])
+        except OSError:
+            raise cli.UsageError(f"no file {path}; python evaluate.py --out {folder} makes it") from None
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise cli.UsageError(f"{path} is not a curves.csv of evaluate.py ({error!r})") from None
+        for name, runs in rows.items():
+            steps = sorted(runs[0]) if 0 in runs else []
+            if name in curves or any(sorted(run) != steps for run in runs.values()):
+                raise cli.UsageError(f"{path}: the runs of {name[1]} on {name[0]} are incomplete, or in two folders")
+            curves[name] = np.array(steps), np.array([[run[step] for step in steps] for run in runs.values()])
+    return curves
+
+
+def learning_curves(name, folders, out):
+    """One panel a task: interquartile means over runs and 95% bootstrap intervals; one colour per optimizer."""
+    curves = read_curves(folders)
+    tasks = list(dict.fromkeys(task for task, _ in curves))
+    if not tasks:
+        raise cli.UsageError(f"no runs in {', '.join(folders)}")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    for (task, optimizer), (steps, returns) in curves.items():
+        axis, color = axes[0, tasks.index(task)], compare.COLORS.get(optimizer, "black")
+        mean, low, high = np.transpose([compare.interval(values) for values in returns.T])
+        axis.plot(steps, mean, label=optimizer, color=color)
+        axis.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
+        axis.set(title=f"{task} ({len(returns)} seeds)", xlabel="environment steps", ylabel="episode return")
+    axes[0, 0].legend(frameon=False)
+    return save(figure, out / f"{name}.png")
+
+
+def figure3(config, folders, out):
+    """Learning curves, each learned optimizer meta-trained on the task it is tested on (paper: Figure 3).
+
+    For each TASK of catch, big_dense_long and each NAME of optim4rl, linear_optim, l2lgd2, star:
+    python meta_train.py --tasks TASK --test-tasks "" --optimizer NAME --out runs/TASK-NAME
+    python evaluate.py --tasks TASK --optimizers NAME,NAME,adam,rmsprop --weights NAME=FILE,NAME=FILE --out runs/TASK
+    python figures.py figure3 --results runs/catch,runs/big_dense_long
+    """
+    return learning_curves("figure3", folders, out)
+
+
+def figure4(config, folders, out):
+    """Learning curves on robots of an optimizer that was meta-trained on gridworlds alone (paper: Figure 4).
+
+    python meta_train.py --preset paper --out runs/six
+    python evaluate.py --preset paper --weights runs/six/optimizer.npz --out results/figure4
+    python figures.py figure4
+    """
+    return learning_curves("figure4", folders, out)
+
+
+def save(figure, path):
+    """Writes the picture and returns its path."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise cli.UsageError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from None
+    plt.close(figure)
+    return path
+
+
+FIGURES = {function.__name__: function for function in (figure1, figure2, figure3, figure4, figure5)}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    config = cli.parse(Config, PRESETS, __doc__, flags)  # --help ends here
+    if name not in FIGURES:
+        raise cli.UsageError(f"{'no figure named' if name is None else repr(name)}; known: {', '.join(FIGURES)}")
+    folders = (config.results or f"results/{name}").split(",")
+    out = pathlib.Path(config.out or folders[0])
+    if name in ("figure1", "figure5"):
+        if len(folders) > 1:
+            raise cli.UsageError(f"--results is {config.results!r}; {name} takes one folder")
+        folders = pathlib.Path(folders[0])
+    print(FIGURES[name](config, folders, out))
+
+
+if __name__ == "__main__":
+    cli.run(main)
