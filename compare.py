@@ -6,7 +6,7 @@ can run. Many runs of one optimizer share one compiled program, in which learnin
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ COLORS = dict(
     zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
 )
 TUNING_SEEDS = 2
+EVALUATION_EPISODES = 128  # deterministic ones that a trained robot plays at the end; as many as Brax's trainer plays
 
 # The paper's test settings: steps, and PPO's knobs (appendix).
 PAPER_PPO = {
@@ -93,6 +94,8 @@ class Task(NamedTuple):
     steps_per_update: int
     steps: float
     learning_rates: tuple  # among which every optimizer is tuned
+    # (agent, key) -> returns [EVALUATION_EPISODES] of whole episodes played without noise; None: not a robot
+    play: Callable | None = None
 
 
 @functools.cache
@@ -113,15 +116,15 @@ def make_task(name, num_envs=None, ppo_settings="small"):
     if name not in brax_env.NAMES:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES + brax_env.NAMES)}")
     steps, knobs = PAPER_PPO.get(name, PAPER_PPO["ant"]) if ppo_settings == "paper" else (5e5, _CPU_PPO)
-    config = ppo.Config(**knobs)
-    learner = ppo.make(brax_env.make(name), config)
+    config, env = ppo.Config(**knobs), brax_env.make(name)
     return Task(
         name,
-        learner,
+        ppo.make(env, config),
         1.0,
         config.batch_size * config.num_minibatches * config.rollout_length,
         steps,
         (3e-4, 1e-3, 3e-3, 1e-2),
+        jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
     )
 
 
@@ -138,6 +141,14 @@ class Runs(NamedTuple):
     def final(self):
         """Mean return over the last fifth of the run: [R]."""
         return self.returns[:, -(-self.returns.shape[1] * 4 // 5) :].mean(1)
+
+
+class Store(NamedTuple):
+    """Where finished runs are kept, so that none is run twice: a pair of functions, by default of a store that keeps nothing."""
+
+    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [2, K], or None: not run yet
+    # Called when a run is finished; the agent comes without its environments and its optimizer's state.
+    save: Callable = lambda run, alpha, curves, agent: None
 
 
 @functools.cache
@@ -168,7 +179,7 @@ def _compiled(task, rule, mesh, updates):
     return shard(init, (one, many, many)), shard(advance, (one, many, many, many, one))
 
 
-def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress=lambda n: None):
+def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress=lambda n: None, store=Store()):
     """Trains R fresh agents side by side.
 
     Args:
@@ -179,6 +190,7 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
         mesh: jax.sharding.Mesh with the axis "units".
         steps: environment steps of each run; None: the task's own.
         progress: called with the fraction of the work done since the last call.
+        store: Store of finished runs; what it holds is not run again.
     Returns:
         Runs
     """
@@ -186,21 +198,33 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
     updates = max(1, num_updates // 50)
     points = round(num_updates / updates)
     init, advance = _compiled(task, OPTIMIZERS[optimizer], mesh, updates)
-    # A CPU is fastest with one run a device, so all groups of runs share one compiled program; an accelerator takes all at once.
-    size = mesh.devices.size if _on_cpu(mesh) else -(-len(alphas) // mesh.devices.size) * mesh.devices.size
-    groups = np.arange(-(-len(alphas) // size) * size).reshape(-1, size) % len(
-        alphas
-    )  # the last group is filled up with repetitions
-    curves = np.zeros((2, len(alphas), points))  # sums of returns, numbers of episodes
-    for group in groups:
+    finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
+    left = np.array([run for run, curves in enumerate(finished) if curves is None], int)
+    progress(1 - len(left) / len(alphas))
+    for group in _groups(left, len(alphas), mesh):
         run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
         agents = init(meta_params, run_alphas, run_keys)
+        curves = np.zeros((2, len(group), points))  # sums of returns, numbers of episodes
         for point in range(points):
             agents, sums = advance(meta_params, run_alphas, run_keys, agents, point)
-            curves[:, group, point] = jax.device_get(sums)
-            progress(1 / points / len(groups))
+            curves[:, :, point] = jax.device_get(sums)
+            progress(len(set(group)) / len(alphas) / points)
+        learned = jax.device_get(agents._replace(opt_state=(), env_state=()))
+        for i, run in enumerate(group):
+            if finished[run] is None:
+                finished[run] = curves[:, i]
+                store.save(int(run), float(alphas[run]), curves[:, i], jax.tree.map(lambda x: x[i], learned))
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
-    return Runs(env_steps, _fill(*curves))
+    return Runs(env_steps, _fill(*np.stack(finished, axis=1)))
+
+
+def _groups(left, num_runs, mesh):
+    """The runs that are left, [L] of num_runs, in groups that run side by side: [G, S], the last filled up with repetitions."""
+    # A CPU is fastest with one run a device, and all groups share one compiled program; an accelerator takes all at once,
+    # and the same number after a resume, when fewer are left: their arithmetic is that of one program.
+    per_device = 1 if _on_cpu(mesh) else -(-num_runs // mesh.devices.size)
+    size = mesh.devices.size * per_device
+    return np.resize(left, (-(-len(left) // size), size))
 
 
 def _on_cpu(mesh):
@@ -217,8 +241,22 @@ def _fill(return_sums, episodes):
     return returns
 
 
-def tuned(task, optimizer, meta_params, rates, num_seeds, key, mesh, steps=None, progress=lambda n: None):
-    """The best of some learning rates on TUNING_SEEDS seeds, and Runs with it on num_seeds fresh ones: (alpha, Runs)."""
+def tuned(
+    task,
+    optimizer,
+    meta_params,
+    rates,
+    num_seeds,
+    key,
+    mesh,
+    steps=None,
+    progress=lambda n: None,
+    store=lambda phase: Store(),
+):
+    """The best of some learning rates on TUNING_SEEDS seeds, and Runs with it on num_seeds fresh ones: (alpha, Runs).
+
+    Arguments as in train; store: phase, "tuning" or "report", -> Store.
+    """
     tuning_key, report_key = jax.random.split(key)
     share = len(rates) * TUNING_SEEDS if len(rates) > 1 else 0
     best = rates[0]
@@ -234,12 +272,21 @@ def tuned(task, optimizer, meta_params, rates, num_seeds, key, mesh, steps=None,
             mesh,
             steps,
             lambda n: progress(part * n),
+            store("tuning"),
         )
         scores = np.nan_to_num(runs.area(), nan=-np.inf).reshape(len(rates), TUNING_SEEDS).mean(1)
         best = rates[int(np.argmax(scores))]
     keys, rest = jax.random.split(report_key, num_seeds), num_seeds / (share + num_seeds)
     return best, train(
-        task, optimizer, meta_params, np.full(num_seeds, best), keys, mesh, steps, lambda n: progress(rest * n)
+        task,
+        optimizer,
+        meta_params,
+        np.full(num_seeds, best),
+        keys,
+        mesh,
+        steps,
+        lambda n: progress(rest * n),
+        store("report"),
     )
 
 
@@ -271,13 +318,15 @@ def summarize(task, optimizer, alpha, runs):
 
 
 def table(rows):
-    """The rows as text: interquartile means and 95% bootstrap intervals over seeds."""
+    """The rows as text: interquartile means and 95% bootstrap intervals over seeds; robots have also the deterministic episodes."""
     cell = lambda row, name: f"{row[name]:9.2f}  [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]"
-    lines = [f"{'task':25} {'optimizer':10} {'alpha':>7}   {'return, last fifth':30} {'return, whole run':30}"]
+    columns = {"final": "return, last fifth", "area": "return, whole run", "deterministic": "return without noise"}
+    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    titles = " ".join(f"{title:30}" for title in columns.values())
+    lines = [f"{'task':25} {'optimizer':10} {'alpha':>7}   {titles}".rstrip()]
     for before, row in zip([None, *rows], rows):
         if before and before["task"] != row["task"]:
             lines.append("")
-        lines.append(
-            f"{row['task']:25} {row['optimizer']:10} {row['alpha']:7.0e}   {cell(row, 'final'):30} {cell(row, 'area'):30}".rstrip()
-        )
+        cells = " ".join(f"{cell(row, name) if name in row else '':30}" for name in columns)
+        lines.append(f"{row['task']:25} {row['optimizer']:10} {row['alpha']:7.0e}   {cells}".rstrip())
     return "\n".join(lines)

@@ -3,17 +3,20 @@
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
+    python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
 
 All optimizers are tuned alike: where several learning rates are given, the one with the best return over the whole run on
-two tuning seeds is taken, and fresh seeds are reported. The run's folder receives config.json, curves.csv (every reported
-run), summary.json and curves.png.
+two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
+folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
+(each finished run) and policies/ (each reported robot).
 """
 
 import csv
 import itertools
 import json
 import pathlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import jax
 import matplotlib
@@ -22,6 +25,7 @@ from tqdm import tqdm
 import cli
 import compare
 import optim4rl
+import records
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,6 +57,9 @@ class Config:
     seed: int = field(default=0, metadata={"help": "seed of everything"})
     devices: int | None = field(default=None, metadata={"help": "devices to use; none: all, on a CPU one per core"})
     out: str | None = field(default=None, metadata={"help": "folder of this run; none: a new one under runs/"})
+    resume: str | None = field(
+        default=None, metadata={"help": "folder of an interrupted run to go on with, its config taken from there"}
+    )
 
 
 PRESETS = {
@@ -83,13 +90,15 @@ def plot(path, curves):
 
 
 def load_weights(config):
-    """The meta_params of every learned optimizer asked for."""
+    """The meta_params of every learned optimizer asked for. A resumed run goes on with the weights that it began with."""
     files, meta_params = {"optim4rl": WEIGHTS}, {}
     for text in filter(None, (config.weights or "").split(",")):
         name, file = text.split("=", 1) if "=" in text else ("optim4rl", text)
         if name not in compare.LEARNED:
             raise cli.UsageError(f"--weights names {name!r}; known: {', '.join(compare.LEARNED)}")
         files[name] = file
+    if config.resume:
+        files |= {file.stem: file for file in pathlib.Path(config.resume, "weights").glob("*.npz")}
     for name in filter(compare.LEARNED.get, config.optimizers):
         if name not in files:
             remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
@@ -121,18 +130,52 @@ def check(config):
     return tasks, meta_params
 
 
-def report(config, task, optimizer, meta_params, mesh):
+def open_folder(config, meta_params):
+    """The run's folder, new or resumed, with all that the runs write to."""
+    if config.resume:
+        folder = cli.old_folder(config.resume, config)
+    else:
+        folder = cli.new_folder(config.out, "evaluate", config)
+    try:
+        for name in ("runs", "policies", "weights"):
+            (folder / name).mkdir(exist_ok=True)
+        for name in set(compare.LEARNED) & set(meta_params):
+            optim4rl.save(folder / "weights" / f"{name}.npz", meta_params[name], kind=name)
+        (folder / "curves.csv").open("a").close()
+    except OSError as error:
+        raise cli.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
+    return folder
+
+
+def report(config, folder, task, optimizer, meta_params, mesh, stop):
     """Tunes and trains with one optimizer, under a progress bar: (row of the table, Runs)."""
-    # Keys depend on seed and task alone: every optimizer sees the same ones.
+    # Keys depend on seed and task alone: every optimizer sees the same ones. 0 and 1 are tuning's and the report's.
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))
-    rates = config.learning_rate or task.learning_rates
+    play_key, rates = jax.random.fold_in(key, 2), config.learning_rate or task.learning_rates
+    store = partial(records.store, folder, task, optimizer, play_key, {"config": asdict(config)})
     bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
     with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format=bar_format) as bar:
-        progress = lambda part: bar.update(min(100 * part, 100 - bar.n))
+
+        def progress(part):
+            bar.update(min(100 * part, 100 - bar.n))
+            end_if(stop, folder)
+
         alpha, runs = compare.tuned(
-            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress
+            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress, store
         )
-    return compare.summarize(task, optimizer, alpha, runs), runs
+    row = compare.summarize(task, optimizer, alpha, runs)
+    if task.play:
+        values = records.deterministic_returns(folder, task.name, optimizer, alpha, config.seeds)
+        row["deterministic"], row["deterministic_low"], row["deterministic_high"] = map(float, compare.interval(values))
+        row["deterministic_runs"] = values.tolist()
+    return row, runs
+
+
+def end_if(stop, folder):
+    """Ends the program after Ctrl-C or SIGTERM. Only the runs under way are lost."""
+    if stop:
+        print(f"\nstopped; finished runs are kept; go on with: python evaluate.py --resume {folder}")
+        raise SystemExit(128 + stop[0])
 
 
 def write_curves(writer, row, runs):
@@ -142,25 +185,34 @@ def write_curves(writer, row, runs):
             writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
 
 
-def main(argv=None):
-    config = cli.parse(Config, PRESETS, __doc__, argv)
-    mesh = cli.use_devices(config.devices)
-    tasks, meta_params = check(config)
-    folder = cli.new_folder(config.out, "evaluate", config)
-    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
+def run_all(config, folder, tasks, meta_params, mesh, stop):
+    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows."""
     rows, curves = [], []
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for task, optimizer in itertools.product(tasks, config.optimizers):
-            row, runs = report(config, task, optimizer, meta_params.get(optimizer), mesh)
+            row, runs = report(config, folder, task, optimizer, meta_params.get(optimizer), mesh, stop)
             rows.append(row)
             curves.append((task.name, optimizer, runs))
             write_curves(writer, row, runs)
             file.flush()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     plot(folder / "curves.png", curves)
+    return rows
+
+
+def main(argv=None):
+    config = cli.parse(Config, PRESETS, __doc__, argv)
+    mesh = cli.use_devices(config.devices)
+    tasks, meta_params = check(config)
+    folder = open_folder(config, meta_params)
+    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
+    with cli.graceful_stop() as stop:
+        rows = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
+    if any(task.play for task in tasks):
+        print(f"Without noise: mean return of {compare.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")
 
 

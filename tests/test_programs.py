@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+import brax_env
 import cli
 import compare
 import evaluate
 import meta_train
 import optim4rl
+import ppo
+import records
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
@@ -111,6 +114,41 @@ def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run,
     }
     assert len(json.loads((folder / "summary.json").read_text())) == 4
     assert (folder / "curves.png").stat().st_size > 1000 and "interval" in out
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_result_and_runs_nothing_twice(tmp_path):
+    flags = "--tasks catch,inverted_pendulum --optimizers adam --learning-rate 1e-3,1e-2 --seeds 3 --steps 3e4"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
+    process, kept = start("evaluate.py", f"{flags} --out {killed}"), killed / "runs"
+    while len(list(kept.glob("catch-*.npz")) if kept.exists() else ()) < 3:
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    before = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
+    code, out, err = finish("evaluate.py", f"--resume {killed}")
+    assert code == 0, err
+    for name in ("summary.json", "curves.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert all((kept / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert "return without noise" in out
+
+    params, obs_stats, metadata = records.load_policy(killed / "policies" / "inverted_pendulum-adam-0.npz")
+    returns = ppo.evaluate(brax_env.make(metadata["task"]), params, obs_stats, jax.random.key(0), 8)
+    assert metadata["optimizer"] == "adam" and np.all(np.asarray(returns) > 0)
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes((killed / "policies" / "inverted_pendulum-adam-0.npz").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        records.load_policy(damaged)
+
+
+def test_a_stopped_evaluation_says_how_to_go_on(tmp_path):
+    process = start("evaluate.py", f"--tasks catch --optimizers adam --learning-rate 1e-3 --out {tmp_path / 'run'}")
+    while not (tmp_path / "run" / "runs").exists():
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and f"evaluate.py --resume {tmp_path / 'run'}" in out and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
