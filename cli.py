@@ -50,7 +50,8 @@ def parse(config_class, presets, description, argv=None):
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         help_text = f"{field.metadata['help']} ({'none' if shown in (None, '') else shown})"
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=_reader(field.type), default=value, help=help_text.replace("%", "%%"))
+        kind = {"action": "store_true"} if field.type is bool else {"type": _reader(field.type)}
+        parser.add_argument(flag, default=value, help=help_text.replace("%", "%%"), **kind)
     values = vars(parser.parse_args(argv))
     values.pop("preset")
     return config_class(**values)
@@ -168,7 +169,7 @@ def read_config(config_class, folder):
 def old_folder(folder, config):
     """The folder of a run to go on with; refused if its config was another one."""
     before, now = dataclasses.asdict(read_config(type(config), folder)), dataclasses.asdict(config)
-    free = ("out", "resume", "devices", "checkpoint_every")  # these do not change the result
+    free = ("out", "resume", "devices", "checkpoint_every", "render")  # these do not change the result
     differing = [
         f"{name} was {before[name]}, now {now[name]}" for name in now if name not in free and now[name] != before[name]
     ]

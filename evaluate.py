@@ -3,12 +3,13 @@
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
+    python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
     python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
 
 All optimizers are tuned alike: where several learning rates are given, the one with the best return over the whole run on
 two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
 folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
-(each finished run) and policies/ (each reported robot).
+(each finished run), policies/ (each reported robot) and, with --render, films.
 """
 
 import csv
@@ -26,6 +27,7 @@ import cli
 import compare
 import optim4rl
 import records
+import render
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,6 +62,7 @@ class Config:
     resume: str | None = field(
         default=None, metadata={"help": "folder of an interrupted run to go on with, its config taken from there"}
     )
+    render: bool = field(default=False, metadata={"help": "film an episode of each robot and optimizer, as HTML"})
 
 
 PRESETS = {
@@ -126,6 +129,9 @@ def check(config):
     for name, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
         if not value:
             raise cli.UsageError(f"{name} is empty; name at least one")
+    if config.render and not any(task.play for task in tasks):
+        robots = ", ".join(compare.brax_env.NAMES)
+        raise cli.UsageError(f"--render films robots, and --tasks {','.join(config.tasks)} names none; known: {robots}")
     cli.check_positive(config, ("seeds", "steps", "learning_rate"))
     return tasks, meta_params
 
@@ -202,6 +208,16 @@ def run_all(config, folder, tasks, meta_params, mesh, stop):
     return rows
 
 
+def film(config, folder, tasks):
+    """An HTML file of one episode of the first reported robot of each optimizer."""
+    for task, optimizer in itertools.product([task for task in tasks if task.play], config.optimizers):
+        params, obs_stats, metadata = records.load_policy(records.policy_path(folder, task.name, optimizer, 0))
+        path = folder / f"{task.name}-{optimizer}.html"
+        title = f"{task.name}, trained with {optimizer} (alpha {metadata['alpha']:g})"
+        path.write_text(render.film(task.name, params, obs_stats, jax.random.key(config.seed), title))
+        print(f"Film: {path}")
+
+
 def main(argv=None):
     config = cli.parse(Config, PRESETS, __doc__, argv)
     mesh = cli.use_devices(config.devices)
@@ -214,6 +230,8 @@ def main(argv=None):
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {compare.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")
+    if config.render:
+        film(config, folder, tasks)
 
 
 if __name__ == "__main__":

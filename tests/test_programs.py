@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_result_and_runs_nothing_twice(t
     process.kill()
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
-    code, out, err = finish("evaluate.py", f"--resume {killed}")
+    code, out, err = finish("evaluate.py", f"--resume {killed} --render")
     assert code == 0, err
+    film = (killed / "inverted_pendulum-adam.html").read_text()
+    assert "<canvas" in film and not re.search(r"https?://|<link|<script[^>]+src", film)  # opens without a network
     for name in ("summary.json", "curves.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert all((kept / name).stat().st_mtime_ns == time for name, time in before.items())
@@ -194,6 +197,7 @@ def test_impossible_meta_training_is_refused(changes, message):
         (dict(tasks=("catch",), num_envs=0), "num_envs is 0"),
         (dict(learning_rate=(0.0,)), "--learning-rate is 0.0"),
         (dict(ppo="large"), "known: small, paper"),
+        (dict(tasks=("catch",), render=True), "--render films robots"),
     ],
 )
 def test_impossible_evaluations_are_refused(changes, message):
