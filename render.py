@@ -49,7 +49,7 @@ def film(name, params, obs_stats, key, title, backend="spring"):
         "radius": [float(system.sys.geom_size[i][0]) for i in geoms],
         "color": [color(system.sys.mj_model.geom_rgba[i]) for i in geoms],
         "points": np.round(points * 1e4).astype(int).reshape(len(points), -1).tolist(),  # tenths of a millimetre
-        "returns": np.round(np.cumsum(rewards), 1).tolist(),
+        "returns": [round(float(x), 1) for x in np.cumsum(rewards)],
     }
     data = json.dumps(scene, separators=(",", ":"))
     return _PAGE.replace("$TITLE", html.escape(title)).replace("$DATA", data)
@@ -85,7 +85,8 @@ def axis_points(sys, geoms, pos, rot):
             points.append(rotate(ends[None], rot[:, None, body]) + pos[:, None, body])
         else:
             points.append(np.broadcast_to(ends, (len(pos), 2, 3)))
-    return np.nan_to_num(np.stack(points, axis=1))  # a diverged policy may throw its robot out of the numbers
+    # A diverged policy may throw its robot out of the numbers.
+    return np.clip(np.nan_to_num(np.stack(points, axis=1)), -1e4, 1e4)
 
 
 def rotate(v, q):
