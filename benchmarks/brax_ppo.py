@@ -1,0 +1,223 @@
+"""Program: our PPO beside Brax's own trainer, on the same robot, hyperparameters, seeds and evaluations.
+
+    python benchmarks/brax_ppo.py                                    # inverted_pendulum, small settings, 3 seeds each
+    python benchmarks/brax_ppo.py --task ant --ppo paper --seeds 5   # the paper's settings: an accelerator
+
+Both are trained with plain Adam and stop at equal numbers of environment steps to play 128 whole episodes without noise, from
+newly drawn first states. They draw their random numbers differently, so they agree as two sets of seeds do, not to the bit. The
+time of an epoch (what lies between two evaluations) counts no evaluation. Early epochs also compile, Brax's first two: speed is
+that of the median epoch, and what all epochs took beyond it is given as the time of compilation. The folder receives
+config.json, curves.csv (every evaluation) and results.json.
+"""
+
+import csv
+import json
+import pathlib
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import brax_env  # first: it keeps Brax quiet
+import cli
+import compare
+import ppo
+
+from brax.training.agents.ppo import networks, train  # isort: skip
+
+EPISODE_LENGTH, EPISODES = 1000, compare.EVALUATION_EPISODES
+PAPER_LEARNING_RATES = {"walker2d": 3e-5}  # elsewhere 3e-4
+
+
+def _knob(default, help_text):
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = _knob("inverted_pendulum", "a Brax robot")
+    seeds: int = _knob(3, "runs of each trainer")
+    steps: float | None = _knob(None, "environment steps of a run; none: 5e5, or the paper's")
+    ppo: str = _knob("small", "settings: paper, or small ones of our own")
+    learning_rate: float | None = _knob(None, "of Adam; none: 1e-3, or the paper's")
+    points: int = _knob(10, "evaluations after the first, which precedes training")
+    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
+
+
+class Plan(NamedTuple):
+    """What both trainers do."""
+
+    name: str
+    config: ppo.Config
+    learning_rate: float
+    points: int
+    updates: int  # PPO iterations of an epoch
+    steps: int  # environment steps of an epoch
+
+
+class Run(NamedTuple):
+    returns: np.ndarray  # [points + 1] mean return of the episodes without noise
+    seconds: np.ndarray  # [points] of each epoch
+
+
+def make_plan(config):
+    """The Plan of a Config. Raises UsageError for what cannot be."""
+    if config.task not in brax_env.NAMES:
+        raise cli.UsageError(f"unknown robot {config.task!r}; known: {', '.join(brax_env.NAMES)}")
+    if config.ppo not in ("small", "paper"):
+        raise cli.UsageError(f"--ppo is {config.ppo!r}; known: small, paper")
+    cli.check_positive(config, ("seeds", "steps", "learning_rate", "points"))
+    if config.ppo == "paper":
+        steps, knobs = compare.PAPER_PPO.get(config.task, compare.PAPER_PPO["ant"])
+        learning_rate = PAPER_LEARNING_RATES.get(config.task, 3e-4)
+    else:
+        steps, knobs, learning_rate = 5e5, compare._CPU_PPO, 1e-3
+    settings = ppo.Config(**knobs)
+    steps_per_update = settings.batch_size * settings.num_minibatches * settings.rollout_length
+    updates = int(np.ceil((config.steps or steps) / config.points / steps_per_update))  # rounded up, as Brax does
+    return Plan(
+        config.task,
+        settings,
+        config.learning_rate or learning_rate,
+        config.points,
+        updates,
+        updates * steps_per_update,
+    )
+
+
+def train_ours(plan, seed):
+    """One Run of ppo.py."""
+    env, optimizer = brax_env.make(plan.name, EPISODE_LENGTH), optax.adam(plan.learning_rate)
+    learner = ppo.make(env, plan.config)
+    init_key, train_key, play_key = jax.random.split(jax.random.key(seed), 3)
+
+    @partial(jax.jit, donate_argnums=0)  # as Brax does
+    def epoch(agent, key):
+        keys = jax.random.split(key, plan.updates)
+        return jax.lax.scan(lambda agent, key: (learner.update(optimizer, agent, key)[0], None), agent, keys)[0]
+
+    play = jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EPISODES).mean())
+    agent = jax.jit(lambda: learner.init(init_key, optimizer))()
+    returns, seconds = [play(agent, jax.random.fold_in(play_key, 0))], []
+    for point in range(plan.points):
+        start = time.perf_counter()
+        agent = jax.block_until_ready(epoch(agent, jax.random.fold_in(train_key, point)))
+        seconds.append(time.perf_counter() - start)
+        returns.append(play(agent, jax.random.fold_in(play_key, point + 1)))
+    return Run(np.array(returns, float), np.array(seconds))
+
+
+def train_brax(plan, seed):
+    """One Run of brax.training.agents.ppo.train."""
+    config, evaluations = plan.config, []
+    train.train(
+        environment=brax_env.envs.get_environment(plan.name, backend="spring"),
+        num_timesteps=plan.steps * plan.points,
+        max_devices_per_host=1,
+        num_envs=config.num_envs,
+        episode_length=EPISODE_LENGTH,
+        learning_rate=plan.learning_rate,
+        entropy_cost=config.entropy_cost,
+        discounting=config.discount,
+        unroll_length=config.rollout_length,
+        batch_size=config.batch_size,
+        num_minibatches=config.num_minibatches,
+        num_updates_per_batch=config.num_epochs,
+        normalize_observations=True,
+        reward_scaling=config.reward_scale,
+        clipping_epsilon=config.clip_epsilon,
+        gae_lambda=config.gae_lambda,
+        normalize_advantage=config.normalize_advantages,
+        vf_loss_coefficient=config.value_cost,
+        network_factory=partial(
+            networks.make_ppo_networks,
+            policy_hidden_layer_sizes=config.policy_hidden,
+            value_hidden_layer_sizes=config.value_hidden,
+        ),
+        seed=seed,
+        num_evals=plan.points + 1,
+        num_eval_envs=EPISODES,
+        deterministic_eval=True,
+        progress_fn=lambda steps, metrics: evaluations.append((int(steps), metrics)),
+    )
+    steps, metrics = zip(*evaluations)
+    if list(steps) != [plan.steps * point for point in range(plan.points + 1)]:
+        raise RuntimeError(f"Brax evaluated after {steps} steps, we every {plan.steps}: not comparable")
+    returns = [float(m["eval/episode_reward"]) for m in metrics]
+    return Run(np.array(returns), np.array([plan.steps / float(m["training/sps"]) for m in metrics[1:]]))
+
+
+def _device_put_replicated(tree, devices):
+    """What jax.device_put_replicated was: brax 0.14.2 still calls it, jax has removed it."""
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
+    # Through pmap: its outputs lie as its inputs should.
+    return jax.pmap(lambda x: x, devices=devices)(stacked)
+
+
+TRAINERS = {"ours": train_ours, "brax": train_brax}
+
+
+def summarize(plan, trainer, runs):
+    """One row of the table as a dict; returns are means over seeds with their standard errors."""
+    returns, seconds = np.stack([run.returns for run in runs]), np.stack([run.seconds for run in runs])
+    median = np.median(seconds) if plan.points > 4 else np.nan  # most of few epochs would be compilation
+    values = {"final": returns[:, -1], "whole": returns[:, 1:].mean(1)}
+    row = {"trainer": trainer, "seeds": len(runs), "steps": plan.steps * plan.points}
+    for name, x in values.items():
+        error = x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
+        row |= {name: float(x.mean()), f"{name}_error": float(error), f"{name}_runs": x.tolist()}
+    compile_s = np.median((seconds - median).sum(1))
+    return row | {"steps_per_second": float(plan.steps / median), "compile_seconds": float(compile_s)}
+
+
+def table(rows):
+    """The rows as text, and the difference of the two trainers in standard errors of it."""
+    lines = [f"{'trainer':8} {'last evaluation':>20} {'all evaluations':>20} {'steps/s':>10} {'compile s':>10}"]
+    for row in rows:
+        cells = [f"{row[name]:10.1f} +- {row[name + '_error']:6.1f}" for name in ("final", "whole")]
+        lines.append(
+            f"{row['trainer']:8} {cells[0]:>20} {cells[1]:>20} {row['steps_per_second']:10.0f} {row['compile_seconds']:10.1f}"
+        )
+    ours, brax = rows
+    for name, title in (("final", "last evaluation"), ("whole", "all evaluations")):
+        error = np.hypot(ours[f"{name}_error"], brax[f"{name}_error"])
+        lines.append(f"ours - brax, {title}: {ours[name] - brax[name]:.1f} +- {error:.1f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    config = cli.parse(Config, {"default": {}}, __doc__, argv)
+    plan = make_plan(config)
+    folder = cli.new_folder(config.out, "brax_ppo", config)
+    if not hasattr(jax, "device_put_replicated"):
+        jax.device_put_replicated = _device_put_replicated
+    print(f"{jax.devices()[0].device_kind}; {plan.points} x {plan.steps} steps of {plan.name}; results in {folder}")
+    runs = {trainer: [] for trainer in TRAINERS}
+    with open(folder / "curves.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trainer", "seed", "step", "deterministic_return", "epoch_seconds"])
+        for seed in range(config.seeds):
+            for trainer, train_one in TRAINERS.items():  # in turn, so that a drift of the machine meets both
+                run = train_one(plan, seed)
+                runs[trainer].append(run)
+                for point, (value, seconds) in enumerate(zip(run.returns, ["", *run.seconds])):
+                    writer.writerow([trainer, seed, point * plan.steps, f"{value:.6g}", seconds])
+                file.flush()
+                print(f"seed {seed}, {trainer}: {' '.join(f'{x:.0f}' for x in run.returns)}", flush=True)
+    rows = [summarize(plan, trainer, done) for trainer, done in runs.items()]
+    known = [{name: None if x != x else x for name, x in row.items()} for row in rows]  # JSON has no NaN
+    (folder / "results.json").write_text(json.dumps(known, indent=1))
+    print(f"\n{table(rows)}\n\nMean return of {EPISODES} episodes without noise, +- its standard error over seeds.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
