@@ -222,9 +222,9 @@ def main(argv=None):
     config = cli.parse(Config, PRESETS, __doc__, argv)
     mesh = cli.use_devices(config.devices)
     tasks, meta_params = check(config)
-    folder = open_folder(config, meta_params)
-    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
     with cli.graceful_stop() as stop:
+        folder = open_folder(config, meta_params)
+        print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
         rows = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     if any(task.play for task in tasks):
