@@ -258,36 +258,20 @@ def tuned(
     Arguments as in train; store: phase, "tuning" or "report", -> Store.
     """
     tuning_key, report_key = jax.random.split(key)
-    share = len(rates) * TUNING_SEEDS if len(rates) > 1 else 0
+    num_tuning = len(rates) * TUNING_SEEDS if len(rates) > 1 else 0
+
+    def run(phase, alphas, keys):
+        part = len(alphas) / (num_tuning + num_seeds)
+        share = lambda n: progress(part * n)
+        return train(task, optimizer, meta_params, alphas, keys, mesh, steps, share, store(phase))
+
     best = rates[0]
-    if share:
+    if num_tuning:
         keys = jnp.tile(jax.random.split(tuning_key, TUNING_SEEDS), len(rates))
-        part = share / (share + num_seeds)
-        runs = train(
-            task,
-            optimizer,
-            meta_params,
-            np.repeat(rates, TUNING_SEEDS),
-            keys,
-            mesh,
-            steps,
-            lambda n: progress(part * n),
-            store("tuning"),
-        )
+        runs = run("tuning", np.repeat(rates, TUNING_SEEDS), keys)
         scores = np.nan_to_num(runs.area(), nan=-np.inf).reshape(len(rates), TUNING_SEEDS).mean(1)
         best = rates[int(np.argmax(scores))]
-    keys, rest = jax.random.split(report_key, num_seeds), num_seeds / (share + num_seeds)
-    return best, train(
-        task,
-        optimizer,
-        meta_params,
-        np.full(num_seeds, best),
-        keys,
-        mesh,
-        steps,
-        lambda n: progress(rest * n),
-        store("report"),
-    )
+    return best, run("report", np.full(num_seeds, best), jax.random.split(report_key, num_seeds))
 
 
 def interval(values):

@@ -25,6 +25,7 @@ class Log:
         if step:  # keep the rows that the checkpoint has seen
             with open(path, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
+        self.skipped = sum(int(row[f"{task}/skipped"]) for task in tasks for row in self.rows)
         self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
         self.file = open(path, "w", newline="")
         self.writer = csv.DictWriter(self.file, self.names)
@@ -49,6 +50,7 @@ class Log:
                 row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
                 row[f"{task}/diverged"] = int(values["diverged"])
                 row[f"{task}/skipped"] = int(values["skipped"])
+                self.skipped += row[f"{task}/skipped"]
             self.writer.writerow(row)
             self.rows.append(row)
         self.file.flush()
@@ -60,8 +62,7 @@ class Log:
         mean = lambda name: np.mean([float(row[name]) for row in last if row[name] != ""] or [math.nan])
         losses = np.mean([mean(f"{task}/meta_loss") for task in self.tasks])
         returns = {f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks}
-        skipped = sum(int(row[f"{task}/skipped"]) for task in self.tasks for row in self.rows)
-        return {"meta-loss": f"{losses:.3g}"} | returns | ({"skipped": skipped} if skipped else {})
+        return {"meta-loss": f"{losses:.3g}"} | returns | ({"skipped": self.skipped} if self.skipped else {})
 
     def hopeless(self):
         """The tasks whose meta-gradient was skipped in each of the last MAX_SKIPPED meta-steps."""

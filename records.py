@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import compare
+import optim4rl
 import ppo
 
-FORMAT_VERSION = 1
 KIND = "ppo-policy"
 _UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile)
 
@@ -93,10 +93,7 @@ def deterministic_returns(folder, task, optimizer, alpha, num_runs):
 
 def save_policy(path, params, obs_stats, metadata):
     """Writes a robot's policy: params["policy"] of a ppo agent and its ppo.ObsStats; the value network is not kept."""
-    tree = {"policy": params["policy"], "obs_stats": obs_stats._asdict()}
-    named = {"/".join(k.key for k in keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(tree)}
-    header = json.dumps({"version": FORMAT_VERSION, "kind": KIND, "metadata": metadata})
-    write(path, {"header": np.array(header)} | named)
+    optim4rl.save(path, {"policy": params["policy"], "obs_stats": obs_stats._asdict()}, metadata, KIND)
 
 
 def load_policy(path):
@@ -124,8 +121,10 @@ def load_policy(path):
         raise
     except (*_UNREADABLE, IndexError) as error:
         raise ValueError(f"{path} is not a policy of this project, or is damaged ({error})") from None
-    if version != FORMAT_VERSION or kind != KIND:
-        raise ValueError(f"{path} holds {kind!r} of version {version}; expected {KIND!r} of version {FORMAT_VERSION}")
+    if version != optim4rl.FORMAT_VERSION or kind != KIND:
+        raise ValueError(
+            f"{path} holds {kind!r} of version {version}; expected {KIND!r} of version {optim4rl.FORMAT_VERSION}"
+        )
     if arrays or not fits:
         raise ValueError(f"{path} does not fit: its arrays are not a chain of layers from observations to actions")
     return {"policy": {f"layer_{i}": layer for i, layer in enumerate(layers)}}, stats, metadata
