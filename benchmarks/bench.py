@@ -62,9 +62,9 @@ def machine(repeats):
     matrix, numbers = jnp.ones((2048, 2048)), jnp.ones(2**27)
     seconds, _ = measure(lambda _: matrix @ matrix, None, repeats)
     yield row("machine", "matrix product", 2 * 2048**3 / seconds / 1e9, "GFLOP/s")
-    negate = jax.jit(jnp.negative)
-    seconds, _ = measure(lambda _: negate(numbers), None, repeats)
-    yield row("machine", "read and write", 2 * numbers.nbytes / seconds / 1e9, "GB/s")
+    size = numbers.nbytes
+    seconds, _ = measure(jax.jit(jnp.negative, donate_argnums=0), numbers, repeats)
+    yield row("machine", "read and write", 2 * size / seconds / 1e9, "GB/s")
 
 
 def environments(repeats):
@@ -131,7 +131,7 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
 
 
-def meta_step_worker(tasks, num_units, devices, estimator):
+def meta_step_worker(tasks, num_units, devices, estimator, repeats):
     """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
     began, config = time.perf_counter(), meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator)
     mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
@@ -141,38 +141,41 @@ def meta_step_worker(tasks, num_units, devices, estimator):
     step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
     state = jax.block_until_ready(step(state))
     first = time.perf_counter() - began
-    seconds, _ = measure(step, state, 5)
+    seconds, _ = measure(step, state, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     print(json.dumps({"first": first, "step": seconds, "peak": peak}))
 
 
-def meta_steps(cases):
-    """cases: (name, tasks, units, devices, estimator); devices None: all."""
-    for name, tasks, units, devices, estimator in cases:
+def meta_steps(cases, repeats):
+    """cases: (name, tasks, units, devices, estimator); devices None: all. The first case is started twice."""
+    for number, (name, *case) in enumerate(cases):
+        command = [sys.executable, __file__, "--worker", json.dumps([*case, repeats])]
         with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, __file__, "--worker", json.dumps([tasks, units, devices, estimator])]
-            env = os.environ | {"XDG_CACHE_HOME": cache}
-            starts = [subprocess.run(command, check=False, env=env, capture_output=True, text=True) for _ in range(2)]
-        if starts[1].returncode:
-            raise SystemExit(f"{name} failed:\n{starts[1].stderr}")
-        first, again = (json.loads(process.stdout.splitlines()[-1]) for process in starts)
-        yield row("meta", name, first["step"], "s/meta-step")
-        yield row("meta", f"{name}: first meta-step", first["first"], "s from the start of Python's work")
-        yield row("meta", f"{name}: first meta-step again", again["first"], "s from the start of Python's work")
-        yield row("meta", f"{name}: peak memory", first["peak"], "GiB")
+            for start in ("", " again") if number == 0 else ("",):
+                env = os.environ | {"XDG_CACHE_HOME": cache}
+                process = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+                if process.returncode:
+                    raise SystemExit(f"{name} failed:\n{process.stderr}")
+                measured = json.loads(process.stdout.splitlines()[-1])
+                yield row(
+                    "meta", f"{name}{start}: first meta-step", measured["first"], "s from the start of Python's work"
+                )
+        yield row("meta", name, measured["step"], "s/meta-step")
+        yield row("meta", f"{name}: peak memory", measured["peak"], "GiB")
 
 
 def meta_cases(units):
-    """Each world alone, six together, more and more units, one device and all, both estimators."""
+    """Six worlds together, on one device and all, both estimators; more and more worlds; more and more units."""
     yield "six worlds x 32 units", PAPER_WORLDS, 32, None, "gradient"
     yield "six worlds x 32 units, 1 device", PAPER_WORLDS, 32, 1, "gradient"
     yield "six worlds x 32 units, pes", PAPER_WORLDS, 32, None, "pes"
     yield "three worlds x 32 units", PAPER_WORLDS[:3], 32, None, "gradient"
-    yield "catch x 64 units", ("catch",), 64, None, "gradient"
     for world in PAPER_WORLDS:
         yield f"{world} x 32 units", (world,), 32, None, "gradient"
+    yield "catch x 64 units", ("catch",), 64, None, "gradient"
     for num_units in units:
         yield f"big_dense_long x {num_units} units", ("big_dense_long",), num_units, None, "gradient"
+    yield f"six worlds x {max(units)} units", PAPER_WORLDS, max(units), None, "gradient"
 
 
 def main():
@@ -184,8 +187,8 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
-        tasks, units, devices, estimator = json.loads(flags.worker)
-        return meta_step_worker(tuple(tasks), units, devices, estimator)
+        tasks, *case = json.loads(flags.worker)
+        return meta_step_worker(tuple(tasks), *case)
     groups = flags.only.split(",")
     if unknown := set(groups) - set(GROUPS):
         raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
@@ -196,14 +199,14 @@ def main():
         "a2c": lambda: learners("a2c", flags.repeats),
         "ppo": lambda: learners("ppo", flags.repeats),
         "optimizer": lambda: optimizers(flags.repeats),
-        "meta": lambda: meta_steps(meta_cases(units)),
+        "meta": lambda: meta_steps(meta_cases(units), flags.repeats),
     }
     device = jax.devices()[0]
     print(f"{os.cpu_count()} cores; jax {jax.__version__} on {device.platform} ({device.device_kind})")
     rows = [measured for group in groups for measured in measurements[group]()]
     if flags.out:
-        machine = {"cores": os.cpu_count(), "device": device.device_kind, "jax": jax.__version__}
-        pathlib.Path(flags.out).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        hardware = {"cores": os.cpu_count(), "device": device.device_kind, "jax": jax.__version__}
+        pathlib.Path(flags.out).write_text(json.dumps({"machine": hardware, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
