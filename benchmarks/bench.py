@@ -33,6 +33,7 @@ import compare
 import gridworld
 import meta_train
 import pipeline
+import suite
 
 PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
 GROUPS = ("env", "a2c", "ppo", "optimizer", "meta")
@@ -82,11 +83,11 @@ def learner_speed(group, name, learner, steps_per_update, optimizer, repeats):
 
 
 def learners(group, repeats):
-    """A2C with 512 environments, PPO with the small settings of compare.py, under Adam and Optim4RL."""
+    """A2C with 512 environments, PPO with the small settings of suite.py, under Adam and Optim4RL."""
     names = ("small_dense_short", "big_dense_long") if group == "a2c" else ("inverted_pendulum",)
     meta_params = compare.LEARNED["optim4rl"].init(jax.random.key(0))
     for name in names:
-        task = compare.make_task(name)
+        task = suite.make(name)
         for optimizer in ("adam", "optim4rl"):
             transformation = compare.OPTIMIZERS[optimizer](meta_params, 1e-3)
             yield learner_speed(
