@@ -52,8 +52,8 @@ class Runs(NamedTuple):
         return self.returns.mean(1)
 
     def final(self):
-        """Mean return over the last fifth of the run: [R]."""
-        return self.returns[:, -(-self.returns.shape[1] * 4 // 5) :].mean(1)
+        """Mean return over the last fifth of the run, at least one point: [R]."""
+        return self.returns[:, -max(1, self.returns.shape[1] // 5) :].mean(1)
 
 
 class Store(NamedTuple):

@@ -1,7 +1,8 @@
-"""Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: the experiments).
+"""Program: learns an optimizer by pipeline training on gridworlds, Catch and robots, then tests it on fresh agents (paper: the experiments).
 
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
+    python meta_train.py --preset pendulum                  # a robot, learned by PPO
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -91,6 +92,16 @@ PRESETS = {
         test_tasks=gridworld.NAMES,
         test_steps=5e6,
         test_envs=512,
+    ),
+    "pendulum": dict(
+        tasks=("inverted_pendulum",),
+        num_units=8,
+        meta_steps=100,
+        reset_interval=12,
+        alpha=(3e-4,),
+        meta_learning_rate=1e-2,
+        test_tasks=("inverted_pendulum",),
+        test_seeds=3,
     ),
 }
 

@@ -157,7 +157,7 @@ def loss(env, config, agent_state, key):
     """The loss of the current parameters on fresh trajectories, as one batch: -> (loss, (agent_state, metrics))."""
     collect_key, loss_key = jax.random.split(key)
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
-    loss = ppo_loss(agent_state.params, data, loss_key, config)
+    loss = ppo_loss(agent_state.params, data, loss_key, config, num_pieces=config.num_minibatches)
     return loss, (agent_state, metrics | {"loss": loss})
 
 
@@ -218,7 +218,7 @@ def collect(env, config, agent_state, key):
     return agent_state, data, metrics
 
 
-def ppo_loss(params, data, key, config):
+def ppo_loss(params, data, key, config, num_pieces=1):
     """Clipped surrogate + value_cost * half the squared error - entropy_cost * entropy, each a mean.
 
     Args:
@@ -226,17 +226,18 @@ def ppo_loss(params, data, key, config):
         data: Trajectories.
         key: draws the sample that estimates the entropy.
         config: Config.
+        num_pieces: the networks see the batch in so many pieces, and a backward pass holds the activations of one.
     Returns:
         loss [].
     """
-    obs, values = data.obs[:-1], value(params, data.obs[:-1])
+    obs, values = data.obs[:-1], in_pieces(value, num_pieces)(params, data.obs[:-1])
     bootstrap, rewards = value(params, data.obs[-1]), config.reward_scale * data.reward
     targets, advantages = gae(
         rewards, values, bootstrap, data.terminated, data.truncated, config.discount, config.gae_lambda
     )
     if config.normalize_advantages:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 1e-8: they may all be equal
-    loc, scale = policy(params, obs)
+    loc, scale = in_pieces(policy, num_pieces)(params, obs)
     ratio = jnp.exp(log_prob(loc, scale, data.raw_action) - data.log_prob)
     # min(rho Adv, clip(rho, 1 - epsilon, 1 + epsilon) Adv): nothing is gained by moving the ratio further than epsilon
     clipped_ratio = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
@@ -303,6 +304,17 @@ def policy(params, obs):
 def value(params, obs):
     """obs [..., D] -> values [...]."""
     return mlp(params["value"], obs)[..., 0]
+
+
+def in_pieces(network, num_pieces):
+    """The same function of (params, obs [T, B, D]), which takes B in pieces and computes each again in a backward pass."""
+
+    def apply(params, obs):
+        pieces = jnp.stack(jnp.split(obs, num_pieces, axis=1))
+        outputs = jax.lax.map(jax.checkpoint(partial(network, params), prevent_cse=False), pieces)
+        return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), outputs)
+
+    return network if num_pieces == 1 else apply
 
 
 def init_mlp(key, sizes):

@@ -36,7 +36,7 @@ import pipeline
 import suite
 
 PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
-GROUPS = ("env", "a2c", "ppo", "optimizer", "meta")
+GROUPS = ("env", "a2c", "ppo", "optimizer", "meta", "robots")
 
 
 def measure(step, state, repeats):
@@ -121,9 +121,10 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
 
 
-def meta_step_worker(tasks, num_units, devices, estimator):
+def meta_step_worker(tasks, num_units, devices, estimator, ppo="small", repeats=5):
     """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
-    began, config = time.perf_counter(), meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator)
+    began = time.perf_counter()
+    config = meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator, ppo=ppo)
     mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
     meta_params = compare.LEARNED["optim4rl"].init(key)
@@ -131,16 +132,16 @@ def meta_step_worker(tasks, num_units, devices, estimator):
     step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
     state = jax.block_until_ready(step(state))
     first = time.perf_counter() - began
-    seconds, _ = measure(step, state, 5)
+    seconds, _ = measure(step, state, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     print(json.dumps({"first": first, "step": seconds, "peak": peak}))
 
 
 def meta_steps(cases):
-    """cases: (name, tasks, units, devices, estimator); devices None: all."""
-    for name, tasks, units, devices, estimator in cases:
+    """cases: (name, *arguments of meta_step_worker); devices None: all."""
+    for name, *arguments in cases:
         with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, __file__, "--worker", json.dumps([tasks, units, devices, estimator])]
+            command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
             start = lambda: subprocess.run(
                 command, env=os.environ | {"XDG_CACHE_HOME": cache}, capture_output=True, text=True
             )
@@ -166,6 +167,13 @@ def meta_cases(units):
         yield f"big_dense_long x {num_units} units", ("big_dense_long",), num_units, None, "gradient"
 
 
+def robot_cases():
+    """Units of a robot: what one of them costs, and what two more add. One repetition: the paper's take minutes on a CPU."""
+    for settings in ("small", "paper"):
+        for num_units in (1, 3):
+            yield f"ant x {num_units} units, {settings} PPO", ("ant",), num_units, 1, "gradient", settings, 1
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
@@ -175,8 +183,8 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
-        tasks, units, devices, estimator = json.loads(flags.worker)
-        return meta_step_worker(tuple(tasks), units, devices, estimator)
+        tasks, *others = json.loads(flags.worker)
+        return meta_step_worker(tuple(tasks), *others)
     groups = flags.only.split(",")
     if unknown := set(groups) - set(GROUPS):
         raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
@@ -187,6 +195,7 @@ def main():
         "ppo": lambda: learners("ppo", flags.repeats),
         "optimizer": lambda: optimizers(flags.repeats),
         "meta": lambda: meta_steps(meta_cases(units)),
+        "robots": lambda: meta_steps(robot_cases()),
     }
     device = jax.devices()[0]
     print(f"{os.cpu_count()} cores; jax {jax.__version__} on {device.platform} ({device.device_kind})")

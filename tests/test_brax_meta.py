@@ -34,6 +34,23 @@ TINY = ppo.Config(
 UPDATES = 2  # M
 
 
+def rolling_env():
+    """A ball on a hill, which stands in for a robot because it compiles at once: 1 for each step until it has rolled away."""
+
+    def reset(key):
+        first = 0.3 * jax.random.normal(key, (2,))
+        return first, first
+
+    def step(key, state, action):
+        (x, v), first = state
+        v = v + 0.5 * x + 0.5 * action[0]
+        ball = jnp.stack([x + 0.5 * v, v])
+        done = jnp.abs(ball[0]) > 1
+        return (jnp.where(done, first, ball), first), jnp.array(1.0), done, jnp.array(False)
+
+    return brax_env.Env(reset, step, lambda state: state[0], (2,), 1, "ball")
+
+
 def make_optimizer(meta_params):
     return suite.clipped("inverted_pendulum", optim4rl.optim4rl(meta_params, 0.05))
 
@@ -79,7 +96,7 @@ def frozen_loss(params, data, targets, advantages, key):
 def test_the_meta_gradient_of_a_robot_agrees_with_finite_differences_on_frozen_rollouts():
     """What is cut: data, targets and gradients do not follow theta. So the difference replays the gradients of theta."""
     with jax.enable_x64(True):
-        env = brax_env.make("inverted_pendulum")
+        env = rolling_env()
         learner, theta, key = ppo.make(env, TINY), some_meta_params(), jax.random.key(3)
         agent = jax.jit(lambda: learner.init(jax.random.key(2), make_optimizer(theta)))()
         gradient = jax.jit(lambda t: pipeline.meta_gradient(learner, make_optimizer, UPDATES, t, agent, key))
@@ -110,7 +127,7 @@ def test_the_meta_gradient_of_a_robot_agrees_with_finite_differences_on_frozen_r
 
 def test_the_backward_pass_keeps_gradients_not_activations():
     """What memory grows by with each optimizer step: the gradient, and its part of one optimizer state for each epoch."""
-    env = brax_env.make("inverted_pendulum")
+    env = rolling_env()
 
     def temporary_bytes(num_epochs):
         config = dataclasses.replace(TINY, num_envs=64, batch_size=64, num_minibatches=4, num_epochs=num_epochs)
@@ -130,32 +147,23 @@ def test_the_backward_pass_keeps_gradients_not_activations():
 @pytest.fixture
 def tiny_units(monkeypatch):
     monkeypatch.setattr(suite, "_meta_ppo", lambda name, ppo_settings: TINY)
+    monkeypatch.setattr(brax_env, "make", lambda name: rolling_env())
 
 
-@pytest.mark.parametrize("estimator", ["gradient", "pes"])
-def test_units_are_reset_in_turn_and_their_sharing_changes_nothing(tiny_units, estimator):
+def test_units_on_two_devices_are_reset_in_turn(tiny_units):
     config = meta_train.Config(
-        tasks=("inverted_pendulum",), num_units=2, reset_interval=3, inner_updates=1, estimator=estimator, alpha=(0.05,)
+        tasks=("inverted_pendulum",), num_units=2, reset_interval=3, inner_updates=1, estimator="pes", alpha=(0.05,)
     )
-    results = []
-    for num_devices in (1, 2):
-        mesh = jax.sharding.Mesh(jax.devices()[:num_devices], ("units",))
-        (task,) = meta_train.make_tasks(config, mesh)
-        units = task.init(some_meta_params(), jax.random.key(1))
-        ages = []
-        for step in range(5):
-            meta_grads, units, metrics = task.step(some_meta_params(), units, jnp.int32(step), jax.random.key(1))
-            agents = units.state.agents if estimator == "pes" else units.state
-            ages.append(np.asarray(agents.obs_stats.count).reshape(2, -1)[:, 0])
-        results.append((jax.tree.map(np.asarray, meta_grads), jax.tree.map(np.asarray, metrics)))
-        # Unit 0 is reset at steps 0 and 3, unit 1 at step 2; each step lives through one rollout, or two with the meta-loss's.
-        rollout = TINY.batch_size * TINY.num_minibatches * TINY.rollout_length * (2 if estimator == "gradient" else 1)
-        np.testing.assert_array_equal(np.stack(ages), rollout * np.array([[1, 1], [2, 2], [3, 1], [1, 2], [2, 3]]))
-    (one, metrics), (two, _) = results
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(one)) and optax.tree.norm(one) > 0
-    assert metrics["reward"] == 1 and metrics["diverged"] == 0  # the pendulum pays 1 for each step
-    # float32 sums in another order, through a clipped and sampled loss
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), one, two)
+    (task,) = meta_train.make_tasks(config, jax.sharding.Mesh(jax.devices()[:2], ("units",)))
+    units, ages = task.init(some_meta_params(), jax.random.key(1)), []
+    for step in range(5):
+        meta_grads, units, metrics = task.step(some_meta_params(), units, jnp.int32(step), jax.random.key(1))
+        ages.append(units.state.agents.obs_stats.count[:, 0])
+    # Unit 0 is reset at steps 0 and 3, unit 1 at step 2; a step lives through one rollout.
+    rollout = TINY.batch_size * TINY.num_minibatches * TINY.rollout_length
+    np.testing.assert_array_equal(np.stack(ages), rollout * np.array([[1, 1], [2, 2], [3, 1], [1, 2], [2, 3]]))
+    # The ball pays 1 for each step, whatever the weights: the mean reward would give no gradient.
+    assert metrics["reward"] == 1 and metrics["diverged"] == 0 and optax.tree.norm(meta_grads) > 0
 
 
 def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
