@@ -15,6 +15,13 @@ import types
 import typing
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+# What may differ between a run and its resumption: the result does not depend on it.
+FREE_FLAGS = (*PROCESS_FLAGS, "out", "resume", "devices", "checkpoint_every", "render")
 
 
 class UsageError(Exception):
@@ -40,7 +47,10 @@ def parse(config_class, presets, description, argv=None):
     choice.add_argument("--preset", choices=list(presets), default=default)
     choice.add_argument("--resume")
     chosen = choice.parse_known_args(argv)[0]
-    start = read_config(config_class, chosen.resume) if chosen.resume else config_class(**presets[chosen.preset])
+    start = config_class(**presets[chosen.preset])
+    if chosen.resume:
+        of_this_start = {name: value for name, value in vars(start).items() if name in PROCESS_FLAGS}
+        start = dataclasses.replace(read_config(config_class, chosen.resume), **of_this_start)
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset", choices=list(presets), default=default, help=f"defaults for all other flags ({default})"
@@ -109,8 +119,42 @@ def graceful_stop():
             signal.signal(number, handler)
 
 
+def join_processes(coordinator, num_processes, process_id):
+    """Makes this process one of several of a run, on one host or many (jax.distributed). Comes before anything uses a device.
+
+    Args:
+        coordinator: "HOST:PORT" of process 0; "auto": SLURM, MPI or a TPU pod tells all three; None: the only process.
+        num_processes, process_id: ints, or None with "auto".
+    """
+    known = {"num_processes": num_processes, "process_id": process_id}
+    if coordinator in (None, "auto"):
+        if stray := [f"--{name.replace('_', '-')}" for name, value in known.items() if value is not None]:
+            raise UsageError(f"{' and '.join(stray)} without --coordinator HOST:PORT, the address of process 0")
+    elif num_processes is None or process_id is None or not 0 <= process_id < num_processes:
+        raise UsageError(f"--process-id is {process_id} of --num-processes {num_processes}; it must be 0 to N - 1 of N")
+    if coordinator is None:
+        return
+    address = {} if coordinator == "auto" else known | {"coordinator_address": coordinator}
+    try:
+        jax.distributed.initialize(**address, shutdown_timeout_seconds=60)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"--coordinator {coordinator}: cannot meet the other processes ({error})") from None
+
+
+def is_first_process():
+    """Whether this process is the one that prints and writes; all compute."""
+    return jax.process_index() == 0
+
+
+def highest(*numbers):
+    """The highest value of each number among all processes, an int array: what one of them wants, all do at the same step."""
+    if jax.process_count() == 1:
+        return np.array(numbers, int)
+    return multihost_utils.process_allgather(np.array(numbers, int)).max(0)
+
+
 def use_devices(wanted, divides=None):
-    """The mesh of `wanted` devices (None: all; on a CPU one per core), and a compilation cache for the next start.
+    """The mesh of `wanted` devices of each process (None: all; a CPU makes one per core), and a compilation cache.
 
     Args:
         wanted: number of devices or None.
@@ -123,11 +167,12 @@ def use_devices(wanted, divides=None):
     jax.config.update("jax_num_cpu_devices", wanted or os.cpu_count())
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "optim4rl"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    devices = jax.devices()
-    if wanted is not None and wanted > len(devices):
-        raise UsageError(f"--devices is {wanted}, but there are {len(devices)}")
-    count = wanted or (len(devices) if divides is None else math.gcd(divides, len(devices)))
-    return jax.sharding.Mesh(devices[:count], ("units",))
+    processes, local = jax.process_count(), jax.local_device_count()
+    if wanted is not None and wanted > local:
+        raise UsageError(f"--devices is {wanted}, but there are {local}")
+    count = wanted or (local if divides is None else math.gcd(divides // processes, local))
+    of_process = lambda i: [device for device in jax.devices() if device.process_index == i][:count]
+    return jax.sharding.Mesh([device for i in range(processes) for device in of_process(i)], ("units",))
 
 
 def command():
@@ -137,7 +182,11 @@ def command():
 
 def new_folder(out, name, config):
     """Makes a run's folder and writes its config.json: every field, the command and the versions. Never overwrites a run."""
+    if out is None and jax.process_count() > 1:
+        raise UsageError("several processes share one folder; name it with --out")
     folder = pathlib.Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not is_first_process():
+        return folder
     if (folder / "config.json").exists():
         raise UsageError(f"{folder} already holds a run; choose another folder with --out")
     versions = {package: importlib.metadata.version(package) for package in ("jax", "optax", "brax", "numpy")}
@@ -149,10 +198,17 @@ def new_folder(out, name, config):
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(content, indent=1))
+        write_text(folder / "config.json", json.dumps(content, indent=1))
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
     return folder
+
+
+def write_text(path, text):
+    """Replaces a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_config(config_class, folder):
@@ -169,10 +225,8 @@ def read_config(config_class, folder):
 def old_folder(folder, config):
     """The folder of a run to go on with; refused if its config was another one."""
     before, now = dataclasses.asdict(read_config(type(config), folder)), dataclasses.asdict(config)
-    free = ("out", "resume", "devices", "checkpoint_every", "render")  # these do not change the result
-    differing = [
-        f"{name} was {before[name]}, now {now[name]}" for name in now if name not in free and now[name] != before[name]
-    ]
+    changed = [name for name in now if name not in FREE_FLAGS and now[name] != before[name]]
+    differing = [f"{name} was {before[name]}, now {now[name]}" for name in changed]
     if differing:
         raise UsageError(f"{folder} was run with another config: {'; '.join(differing)}")
     return pathlib.Path(folder)

@@ -14,13 +14,14 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import jax
 import optax
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import brax_env
+import checkpoints
 import cli
 import compare
 import gridworld
@@ -72,6 +73,11 @@ class Config:
     devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
     checkpoint_every: float = _knob(120.0, "seconds between checkpoints")
     out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
+    coordinator: str | None = _knob(
+        None, "HOST:PORT of process 0, in a run of several processes; auto: as SLURM or MPI tells"
+    )
+    num_processes: int | None = _knob(None, "processes of the run, all with the same --out; none: one, or auto")
+    process_id: int | None = _knob(None, "which of them this is, 0 to N - 1; none: the only one, or auto")
     resume: str | None = _knob(None, "folder of an interrupted run to go on with, its config taken from there")
 
 
@@ -172,58 +178,79 @@ def check(config):
 
 
 def learn(config, mesh, folder):
-    """The meta-training, from the folder's last checkpoint if it has one: returns the meta-parameters and metrics.csv's rows."""
+    """The meta-training, from the folder's newest checkpoint if it has one: returns the meta-parameters and metrics.csv's rows."""
     tasks = make_tasks(config, mesh)
     clip = optax.clip_by_global_norm(config.meta_grad_clip)
     meta_optimizer = optax.chain(clip, optax.adam(config.meta_learning_rate))
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     meta_params = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-    with checkpoints, cli.graceful_stop() as stop:
+    norm = config.task_grad_norm or None
+    meta_step = lambda state: pipeline.meta_step(tasks, meta_optimizer, state, run_key, norm)
+    with checkpoints.manager(folder / "checkpoints") as manager:
         state = pipeline.init(tasks, meta_optimizer, meta_params, run_key)
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
-        saved = time.time()
-        log = metrics.Log(folder / "metrics.csv", config.tasks, metric_scales(config), int(state.step))
-        bar = tqdm(
-            total=config.meta_steps, initial=int(state.step), desc="compiling", unit="meta-step", dynamic_ncols=True
-        )
-        while bar.n < config.meta_steps and not stop and not log.hopeless():
-            state, step_metrics = pipeline.meta_step(
-                tasks, meta_optimizer, state, run_key, config.task_grad_norm or None
+        try:
+            state = checkpoints.restore(manager, like=state) or state
+            path = folder / "metrics.csv" if cli.is_first_process() else None
+            log = metrics.Log(path, config.tasks, metric_scales(config), int(state.step))
+            state, signal = advance(config, meta_step, state, log, partial(save, manager, folder, config, log))
+        except checkpoints.Damaged as error:
+            raise cli.UsageError(error) from None
+        except OSError as error:
+            last = manager.latest_step()
+            saved = (
+                "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume(folder)}"
             )
-            log.add(bar.n, step_metrics)
-            bar.set_description("meta-training", refresh=False)
-            bar.set_postfix(log.recent(), refresh=False)
-            bar.update()
-            if time.time() - saved > config.checkpoint_every:
-                save(checkpoints, folder, config, state, log)
-                saved = time.time()
-        bar.close()
-        if bar.n not in checkpoints.all_steps():
-            save(checkpoints, folder, config, state, log)
-    if tasks_lost := log.hopeless():
+            raise SystemExit(f"cannot write to {folder} ({error}); {saved}") from None
+    if lost := log.hopeless():
         raise SystemExit(
-            f"stopped after {bar.n} meta-steps: the meta-gradient of {', '.join(tasks_lost)} was not finite in the last "
+            f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in the last "
             f"{metrics.MAX_SKIPPED}; the weights before are in {folder}/optimizer.npz"
         )
-    if stop:
-        print(f"stopped and saved after {bar.n} meta-steps; go on with: python meta_train.py --resume {folder}")
-        raise SystemExit(128 + stop[0])
+    if signal:
+        print(f"stopped and saved after {int(state.step)} meta-steps; {how_to_resume(folder)}")
+        raise SystemExit(128 + signal)
     return state.meta_params, log.rows
 
 
-def save(checkpoints, folder, config, state, log):
+def advance(config, meta_step, state, log, save):
+    """Meta-steps until the run ends, a signal comes or a task has lost its gradient; saves at intervals of time and at the end.
+
+    Returns: (MetaState, the signal's number or 0).
+    """
+    saved, signal, steps = time.time(), 0, range(int(state.step), config.meta_steps)
+    look = {"unit": "meta-step", "dynamic_ncols": True, "disable": not cli.is_first_process()}
+    with cli.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **look) as bar:
+        for step in steps:
+            state, step_metrics = meta_step(state)
+            log.add(step, step_metrics)
+            bar.set_postfix(log.recent(), refresh=False)
+            bar.update()
+            late = time.time() - saved > config.checkpoint_every
+            signal, lost, late = cli.highest(max(signals, default=0), bool(log.hopeless()), late)
+            if signal or lost:
+                break
+            if late:
+                save(state)
+                saved = time.time()
+        save(state)
+    return state, int(signal)
+
+
+def save(manager, folder, config, log, state):
     """Everything that a resumed run needs, and the weights of now for evaluate.py."""
     log.flush()
-    checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
+    checkpoints.save(manager, int(state.step), state)
     save_weights(folder, config, state.meta_params, {"meta_steps": int(state.step)})
 
 
+def how_to_resume(folder):
+    return f"go on with: python meta_train.py --resume {folder}"
+
+
 def save_weights(folder, config, meta_params, metadata):
-    metadata = {"command": cli.command(), "config": asdict(config)} | metadata
-    optim4rl.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
+    if cli.is_first_process():
+        metadata = {"command": cli.command(), "config": asdict(config)} | metadata
+        optim4rl.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
 
 
 def test(config, mesh, folder, learned_params):
@@ -260,6 +287,7 @@ def test(config, mesh, folder, learned_params):
 def main(argv=None):
     config = cli.parse(Config, PRESETS, __doc__, argv)
     check(config)
+    cli.join_processes(config.coordinator, config.num_processes, config.process_id)
     mesh = cli.use_devices(config.devices, divides=config.num_units)
     try:
         pipeline.check(pipeline_config(config), mesh.devices.size)
@@ -269,13 +297,16 @@ def main(argv=None):
     folder = (
         cli.old_folder(config.resume, config) if config.resume else cli.new_folder(config.out, "meta_train", config)
     )
-    print(
-        f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.num_units} units each of {', '.join(config.tasks)}; results in {folder}"
-    )
+    say = print if cli.is_first_process() else lambda text: None
+    kind, worlds = mesh.devices.flat[0].device_kind, ", ".join(config.tasks)
+    say(f"{mesh.devices.size} x {kind}; {config.num_units} units each of {worlds}; results in {folder}; compiling ...")
     learned_params, rows = learn(config, mesh, folder)
-    metrics.plot(folder / "curves.png", rows, config.tasks)
-    print(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
-    if config.test_tasks:
+    if cli.is_first_process():
+        metrics.plot(folder / "curves.png", rows, config.tasks)
+    say(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
+    if config.test_tasks and jax.process_count() > 1:
+        say(f"The table of fresh agents is left to one process alone; {how_to_resume(folder)}")
+    elif config.test_tasks:
         test(config, mesh, folder, learned_params)
 
 

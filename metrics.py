@@ -2,11 +2,14 @@
 
 import csv
 import math
+import os
 import time
 
 import jax
 import matplotlib
 import numpy as np
+
+import checkpoints
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,20 +21,21 @@ class Log:
     """metrics.csv and the numbers of the progress line. Metrics stay on the device until a second has passed."""
 
     def __init__(self, path, tasks, reward_scales, step):
-        self.tasks, self.scales = tasks, reward_scales
-        self.waiting, self.rows, self.flushed = [], [], time.time()
+        """path: metrics.csv, of which the rows before a checkpoint's step are kept; None: nothing is written."""
+        self.tasks, self.scales, self.waiting, self.flushed = tasks, reward_scales, [], time.time()
         columns = ("meta_loss", "episode_return", "reward", "diverged", "skipped")
-        self.names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in tasks for name in columns]
-        if step:  # keep the rows that the checkpoint has seen
-            with open(path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["meta_step"]) < step]
+        names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in tasks for name in columns]
+        self.rows = read_rows(path, names, step) if path and step else []
         self.skipped = sum(int(row[f"{task}/skipped"]) for task in tasks for row in self.rows)
         self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.names)
+        partial = path.with_suffix(".partial") if path else os.devnull
+        self.file = open(partial, "w", newline="")  # closed with the process
+        self.writer = csv.DictWriter(self.file, names)
         self.writer.writeheader()
         self.writer.writerows(self.rows)
         self.file.flush()
+        if path:  # from here on it grows under its own name
+            os.replace(partial, path)
 
     def add(self, step, metrics):
         self.waiting.append((step, time.time() - self.start, metrics))
@@ -39,6 +43,7 @@ class Log:
             self.flush()
 
     def flush(self):
+        """Writes what waits; raises OSError where the disk is full."""
         for step, seconds, metrics in jax.device_get(self.waiting):
             row = {"meta_step": step, "seconds": f"{seconds:.2f}"}
             for task, scale, values in zip(self.tasks, self.scales, metrics):
@@ -53,8 +58,8 @@ class Log:
                 self.skipped += row[f"{task}/skipped"]
             self.writer.writerow(row)
             self.rows.append(row)
-        self.file.flush()
         self.waiting, self.flushed = [], time.time()
+        self.file.flush()
 
     def recent(self):
         """Means over the last meta-steps, for the progress line."""
@@ -69,6 +74,19 @@ class Log:
         last = self.rows[-MAX_SKIPPED:]
         every = lambda task: len(last) == MAX_SKIPPED and all(int(row[f"{task}/skipped"]) for row in last)
         return [task for task in self.tasks if every(task)]
+
+
+def read_rows(path, names, step):
+    """The first `step` rows of a metrics.csv, one a meta-step. Raises checkpoints.Damaged where they are not all there."""
+    try:
+        with open(path, newline="") as file:
+            rows = [row for _, row in zip(range(step), csv.DictReader(file))]
+        numbers = [[float(row[name] or "nan") for name in names] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise checkpoints.Damaged(f"{path} cannot be read ({error})") from None
+    if [values[0] for values in numbers] != list(range(step)):
+        raise checkpoints.Damaged(f"{path} does not hold the {step} meta-steps before the checkpoint")
+    return rows
 
 
 def plot(path, rows, tasks):

@@ -63,14 +63,14 @@ class Config:
 class Task(NamedTuple):
     """Compiled functions of one task's units."""
 
-    init: Callable  # (meta_params, key) -> units; compiles step as well
+    init: Callable  # (meta_params, key) -> units, which begin to live in the first step; compiles step
     step: Callable  # (meta_params, units, meta_step, key) -> (meta_grads, units, metrics)
     mesh: jax.sharding.Mesh
 
 
 class Unit(NamedTuple):
     state: Any  # the estimator's
-    healthy: jax.Array  # [] bool: everything was finite in the last meta-step
+    healthy: jax.Array  # [] bool: it lives, and everything was finite in the last meta-step
 
 
 class Estimator(NamedTuple):
@@ -127,7 +127,7 @@ def update_meta_params(meta_optimizer, task_grad_norm, all_meta_grads, meta_opt_
 
 
 def init(tasks, meta_optimizer, meta_params, key):
-    """The MetaState before the first meta-step: fresh units everywhere. Compiles all tasks, side by side."""
+    """The MetaState before the first meta-step, in which all units will start afresh. Compiles all tasks, side by side."""
     shared = (jnp.zeros((), jnp.int32), meta_params, meta_optimizer.init(meta_params))
     shared = jax.device_put(shared, NamedSharding(tasks[0].mesh, PartitionSpec()))  # the same on every device
     with ThreadPoolExecutor() as pool:
@@ -257,22 +257,16 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
 
     estimator = ESTIMATORS[config.estimator](learner, make_optimizer, config)
 
-    def fresh(meta_params, key):
-        return Unit(estimator.init(meta_params, key), jnp.array(True))
-
     def live(meta_params, unit, id, meta_step, key):
         """One meta-step in the life of one unit."""
         reset_key, unroll_key = unit_keys(key, id, meta_step)
         due = reset_due(meta_step, id, config.num_units, config.reset_interval) | ~unit.healthy
-        unit = jax.lax.cond(due, lambda: fresh(meta_params, reset_key), lambda: unit)
-        meta_grads, state, metrics = estimator.step(meta_params, unit.state, unroll_key)
+        state = jax.lax.cond(due, lambda: estimator.init(meta_params, reset_key), lambda: unit.state)
+        meta_grads, state, metrics = estimator.step(meta_params, state, unroll_key)
         return meta_grads, Unit(state, all_finite((meta_grads, metrics))), metrics
 
     def local_ids():  # of this device's units, among all units of the task
         return jax.lax.axis_index("units") * local_units + jnp.arange(local_units)
-
-    def init_local(meta_params, key):
-        return each(lambda id: fresh(meta_params, unit_keys(key, id, -1)[0]), local_ids())
 
     def step_local(meta_params, units, meta_step, key):
         step_unit = lambda unit, id: live(meta_params, unit, id, meta_step, key)
@@ -289,11 +283,17 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None):
     one, many = PartitionSpec(), PartitionSpec("units")
     # The replication checker cannot follow a gradient that is averaged by hand: psum makes the outputs equal everywhere.
     shard = lambda f, ins, outs: jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
-    init_all = jax.jit(shard(init_local, (one, one), many))
-    step_all = jax.jit(shard(step_local, (one, many, one, one), (one, many, one)), donate_argnums=1)
+    # LLVM's higher levels make the compilation a quarter longer, and the program no faster.
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    step_sharded = shard(step_local, (one, many, one, one), (one, many, one))
+    step_all = jax.jit(step_sharded, donate_argnums=1, compiler_options=options)
 
     def init(meta_params, key):
-        units = init_all(meta_params, key)
+        # Nothing but zeros, and not healthy: the first meta-step gives every unit its first life. To do so here would take
+        # a program of its own, a third of all compilation.
+        shapes = jax.eval_shape(lambda: Unit(estimator.init(meta_params, key), jnp.array(False)))
+        blank = lambda: jax.tree.map(lambda x: jnp.zeros((config.num_units, *x.shape), x.dtype), shapes)
+        units = jax.jit(blank, out_shardings=NamedSharding(mesh, many))()
         meta_step = jax.device_put(jnp.int32(0), NamedSharding(mesh, one))
         step_all.lower(meta_params, units, meta_step, key).compile()  # the first call of step will find it compiled
         return units
@@ -322,8 +322,8 @@ def all_finite(tree):
 
 
 def unit_keys(key, id, meta_step):
-    """(reset_key, unroll_key) of a unit at a meta-step; -1 is before the first."""
-    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, id), meta_step + 1))
+    """(reset_key, unroll_key) of a unit at a meta-step."""
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, id), meta_step))
 
 
 def rescale(grads, norm):

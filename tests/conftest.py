@@ -12,8 +12,9 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 import pytest
+from programs import TINY_META, TINY_TEST, finish
 
-jax.config.update("jax_num_cpu_devices", 2)  # for the tests that share units among devices; all else uses the first
+jax.config.update("jax_num_cpu_devices", 4)  # for the tests that share units among devices; all else uses the first
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,12 @@ def golden():
 def golden_weights(golden):
     """Function: prefix -> the arrays below it, e.g. "Optim4RL/param/" -> {"rnn1/ir/kernel": array, ...}."""
     return lambda prefix: {name.removeprefix(prefix): x for name, x in golden.items() if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """(folder, what it printed) of a small meta-training run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("meta") / "run"
+    code, out, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
+    assert code == 0, err
+    return folder, out

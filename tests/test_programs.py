@@ -1,12 +1,8 @@
 """The programs as a user runs them: real processes, real files."""
 
-import csv
 import json
-import pathlib
 import re
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -20,34 +16,7 @@ import meta_train
 import optim4rl
 import ppo
 import records
-
-ROOT = pathlib.Path(__file__).parent.parent
-TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
-TINY_TEST = "--test-steps 4e3 --test-envs 4 --test-seeds 2 --test-learning-rates 1e-2"
-
-
-def start(program, flags, **options):
-    command = [sys.executable, str(ROOT / program), *flags.split()]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def finish(program, flags):
-    process = start(program, flags)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meta") / "run"
-    code, out, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
-    assert code == 0, err
-    return folder, out
+from programs import TINY_META, TINY_TEST, finish, read_csv, start
 
 
 def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
@@ -60,32 +29,6 @@ def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["optimizer"] for row in rows] == list(compare.DEFAULT_OPTIMIZERS)
     assert all(-1 <= row["final"] <= 1 for row in rows) and "rmsprop" in out
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(whole_run, tmp_path):
-    folder = tmp_path / "run"
-    process = start("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder} --checkpoint-every 1e-9")
-    metrics = folder / "metrics.csv"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-        assert process.poll() is None, process.communicate()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--resume {folder}" in out and "Traceback" not in err
-    code, _, err = finish("meta_train.py", f"--resume {folder}")
-    assert code == 0, err
-    once, twice = (optim4rl.load(path / "optimizer.npz")[0] for path in (whole_run[0], folder))
-    jax.tree.map(np.testing.assert_array_equal, once, twice)
-    assert [row["meta_step"] for row in read_csv(metrics)] == [str(step) for step in range(6)]
-
-
-def test_a_task_lost_for_good_ends_the_run_and_is_named(tmp_path):
-    """Steps of 1e12 overflow every agent's parameters, and so every meta-gradient."""
-    flags = "--tasks small_dense_short,catch --num-units 2 --meta-steps 60 --alpha 1e12,1e-3 --test-tasks ,"
-    code, _, err = finish("meta_train.py", f"{flags} --out {tmp_path / 'run'}")
-    assert code == 1 and "the meta-gradient of small_dense_short was not finite in the last 20" in err, err
-    assert "Traceback" not in err
-    optim4rl.load(tmp_path / "run" / "optimizer.npz")
-    assert all(row["small_dense_short/skipped"] == "1" for row in read_csv(tmp_path / "run" / "metrics.csv"))
 
 
 def test_a_resume_with_another_config_is_refused(whole_run):
@@ -203,6 +146,21 @@ def test_impossible_meta_training_is_refused(changes, message):
 def test_impossible_evaluations_are_refused(changes, message):
     with pytest.raises(cli.UsageError, match=message):
         evaluate.check(evaluate.Config(**{"optimizers": ("adam",), **changes}))
+
+
+@pytest.mark.parametrize(
+    "processes, message",
+    [
+        ((None, 2, None), "--num-processes without --coordinator HOST:PORT"),
+        (("auto", None, 1), "--process-id without --coordinator HOST:PORT"),
+        (("localhost:1234", 2, 2), "--process-id is 2 of --num-processes 2; it must be 0 to N - 1 of N"),
+        (("localhost:1234", None, 0), "--num-processes None"),
+        (("auto", None, None), "--coordinator auto: cannot meet the other processes"),
+    ],
+)
+def test_impossible_processes_are_refused(processes, message):
+    with pytest.raises(cli.UsageError, match=message):
+        cli.join_processes(*processes)
 
 
 def test_weights_of_another_kind_or_size_are_refused(tmp_path):

@@ -1,0 +1,103 @@
+"""The checkpoints of a meta-training run: written whole or not at all, checked when read, usable on any number of devices.
+
+A checkpoint is a folder named after its meta-step, written beside its final name and renamed when complete, so that a process
+killed at any moment leaves the one before. With the state lies its fingerprint, a number for each array, which a truncated
+or edited file does not match. On several hosts every process writes its own units into one shared folder.
+
+Copy this file: needs jax, numpy, orbax-checkpoint.
+"""
+
+import logging
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+KEPT = 3
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the errors that it raises, at length
+
+
+class Damaged(Exception):
+    """The newest checkpoint cannot be used; the message says which one can."""
+
+
+def manager(folder):
+    """The orbax manager of a folder's checkpoints, a context manager; the folder is made if there is none."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def save(manager, step, state):
+    """Writes the state as the checkpoint of a meta-step, unless it is there already. Raises OSError: it could not be written."""
+    if step in manager.all_steps():
+        return
+    content = ocp.args.StandardSave(state)
+    checksums = ocp.args.JsonSave(fingerprint(state).tolist())
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None  # each write dropped in a failure would complain
+    try:
+        manager.save(step, args=ocp.args.Composite(state=content, fingerprint=checksums))
+        sys.unraisablehook = before
+    except Exception as error:  # a full disk is a ValueError to orbax, deep in whose message stands the reason
+        reason = re.search(r": ([^:]+) \[os_error_code", str(error))
+        raise OSError(reason[1] if reason else _first_line(error)) from None
+
+
+def restore(manager, like):
+    """The state of the newest checkpoint.
+
+    Args:
+        manager: of the function manager.
+        like: a state of the same shapes, and of the shardings that the restored arrays shall have.
+    Returns:
+        The state, or None where no checkpoint was ever written.
+    Raises:
+        Damaged: the newest checkpoint is not what was written.
+    """
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        folder = manager.directory / str(step)
+        try:
+            state = _read(manager, step, like)
+        except Exception as error:  # whatever a broken file makes its reader raise
+            damaged.append(f"{folder} ({_first_line(error)})")
+            continue
+        if not damaged:
+            return state
+        raise Damaged(f"damaged: {', '.join(damaged)}; remove it to go on from {folder}, which is whole")
+    if damaged:
+        raise Damaged(f"damaged: {', '.join(damaged)}; no checkpoint is whole, so the run cannot go on")
+    return None
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _read(manager, step, like):
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(like), fingerprint=ocp.args.JsonRestore())
+    restored = manager.restore(step, args=items)
+    if fingerprint(restored.state).tolist() != restored.fingerprint:
+        raise ValueError("its content is not what was saved")
+    return restored.state
+
+
+def fingerprint(tree):
+    """A checksum of every leaf, [L] uint32: the sum of bits_i (2 i + 1) modulo 2^32, equal on any number of devices.
+
+    Any change to a single number changes it, since odd factors have inverses modulo 2^32.
+    """
+    leaves = jax.tree.leaves(tree)
+    everywhere = getattr(leaves[0].sharding, "mesh", None) and jax.NamedSharding(leaves[0].sharding.mesh, jax.P())
+    return np.asarray(jax.jit(_checksums, out_shardings=everywhere)(leaves))
+
+
+def _checksums(leaves):
+    def checksum(x):
+        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        factors = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
+        return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
+
+    return jnp.stack([checksum(x) for x in leaves])

@@ -1,0 +1,104 @@
+"""What may happen to a long run of meta-training: kills, full disks, damaged files, several processes."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from programs import finish, read_csv, start
+
+import optim4rl
+
+
+FLAGS = "--tasks catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks , --checkpoint-every 1e-9"
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory):
+    """The folder of a run that nothing disturbed; it keeps the checkpoints of meta-steps 4, 5 and 6."""
+    folder = tmp_path_factory.mktemp("sound") / "run"
+    code, _, err = finish("meta_train.py", f"{FLAGS} --out {folder}")
+    assert code == 0, err
+    return folder
+
+
+def assert_same_run(folder, other, exact=True):
+    close = np.testing.assert_array_equal if exact else partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, *(optim4rl.load(path / "optimizer.npz")[0] for path in (folder, other)))
+    rows, others = ([row | {"seconds": ""} for row in read_csv(path / "metrics.csv")] for path in (folder, other))
+    assert [row["meta_step"] for row in rows] == [row["meta_step"] for row in others]
+    assert rows == others or not exact
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_interrupted_run_resumes_to_the_same_bits(sound_run, tmp_path, number, status):
+    """After a SIGTERM it goes on with one device instead of two: then to rounding."""
+    folder, one_device = tmp_path / "run", number == signal.SIGTERM
+    process = start("meta_train.py", f"{FLAGS} --out {folder}")
+    while not ((folder / "metrics.csv").exists() and len(read_csv(folder / "metrics.csv")) >= 2):
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err, err
+    assert number == signal.SIGKILL or f"--resume {folder}" in out
+    code, _, err = finish("meta_train.py", f"--resume {folder}" + " --devices 1" * one_device)
+    assert code == 0, err
+    assert_same_run(folder, sound_run, exact=not one_device)
+
+
+def test_two_processes_with_a_device_each_change_only_the_rounding(sound_run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"{FLAGS} --out {tmp_path / 'run'} --devices 1 --coordinator {address} --num-processes 2"
+    processes = [start("meta_train.py", f"{flags} --process-id {i}") for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 x cpu" in outputs[0][0]
+    assert "results in" not in outputs[1][0] and "meta-step" not in outputs[1][1]  # the first process speaks for all
+    assert_same_run(tmp_path / "run", sound_run, exact=False)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_before_it_whole(sound_run, tmp_path):
+    """A limit on the size of files, too small for a checkpoint, stands for the disk."""
+    folder = tmp_path / "run"
+    shutil.copytree(sound_run, folder)
+    for newer in sorted((folder / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(newer)
+    process = start("meta_train.py", f"--resume {folder}")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith(f"cannot write to {folder} (") and "is saved; go on with: python" in err
+    code, _, err = finish("meta_train.py", f"--resume {folder}")
+    assert code == 0, err
+    assert_same_run(folder, sound_run)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(sound_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(sound_run, folder)
+    for large in (path for path in (folder / "checkpoints" / "6").rglob("*") if path.stat().st_size > 10_000):
+        os.truncate(large, 5_000)
+    code, _, err = finish("meta_train.py", f"--resume {folder}")
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert f"remove it to go on from {folder / 'checkpoints' / '5'}, which is whole" in err
+    shutil.rmtree(folder / "checkpoints" / "6")
+    code, _, err = finish("meta_train.py", f"--resume {folder}")
+    assert code == 0, err
+    assert_same_run(folder, sound_run)
+
+
+def test_a_task_lost_for_good_ends_the_run_and_is_named(tmp_path):
+    """Steps of 1e12 overflow every agent's parameters, and so every meta-gradient."""
+    flags = "--tasks small_dense_short,catch --num-units 2 --meta-steps 60 --alpha 1e12,1e-3 --test-tasks ,"
+    code, _, err = finish("meta_train.py", f"{flags} --out {tmp_path / 'run'}")
+    assert code == 1 and "the meta-gradient of small_dense_short was not finite in the last 20" in err, err
+    assert "Traceback" not in err
+    optim4rl.load(tmp_path / "run" / "optimizer.npz")
+    assert all(row["small_dense_short/skipped"] == "1" for row in read_csv(tmp_path / "run" / "metrics.csv"))
