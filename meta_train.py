@@ -105,7 +105,7 @@ PRESETS = {
         meta_steps=100,
         reset_interval=12,
         alpha=(3e-4,),
-        meta_learning_rate=1e-2,
+        meta_learning_rate=5e-3,
         test_tasks=("inverted_pendulum",),
         test_seeds=3,
     ),

@@ -1,10 +1,6 @@
 """Meta-training on robots: its gradient against finite differences on frozen rollouts, its memory, its units, its settings."""
 
-import csv
 import dataclasses
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +15,8 @@ import optim4rl
 import pipeline
 import ppo
 import suite
+from programs import finish, read_csv
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = ppo.Config(
     num_envs=4,
     batch_size=4,
@@ -174,11 +170,9 @@ def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
     flags += (
         f" --test-tasks inverted_pendulum --test-steps 1.7e4 --test-seeds 1 --test-learning-rates 1e-3 --out {folder}"
     )
-    command = [sys.executable, str(ROOT / "meta_train.py"), *flags.split()]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    code, out, err = finish("meta_train.py", flags)
+    assert code == 0, err
+    rows = read_csv(folder / "metrics.csv")
     assert [float(row["inverted_pendulum/reward"]) for row in rows] == [1.0] * 3  # its reward scale divides nothing
     # A random policy falls after some 30 steps, and each step pays 1.
     returns = [
@@ -188,8 +182,8 @@ def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
     assert all(row["inverted_pendulum/diverged"] == "0" for row in rows)
     assert (folder / "curves.png").stat().st_size > 1000
     optim4rl.load(folder / "optimizer.npz")
-    assert "return inverted_pendulum" in process.stderr
-    table = [line.split() for line in process.stdout.splitlines() if line.startswith("inverted_pendulum ")]
+    assert "return inverted_pendulum" in err
+    table = [line.split() for line in out.splitlines() if line.startswith("inverted_pendulum ")]
     assert [cells[1] for cells in table] == ["optim4rl", "untrained", "adam", "rmsprop"]
     assert all(3 < float(cells[3]) < 200 for cells in table)
 
