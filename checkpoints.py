@@ -40,6 +40,8 @@ def save(manager, step, state):
     try:
         manager.save(step, args=ocp.args.Composite(state=content, fingerprint=checksums))
         sys.unraisablehook = before
+    except jax.errors.JaxRuntimeError:  # another process is lost
+        raise
     except Exception as error:  # a full disk is a ValueError to orbax, deep in whose message stands the reason
         reason = re.search(r": ([^:]+) \[os_error_code", str(error))
         raise OSError(reason[1] if reason else _first_line(error)) from None

@@ -9,9 +9,12 @@ A run's folder receives config.json, metrics.csv (one row a meta-step), optimize
 checkpoints/, curves.png and, at the end, summary.json with the table.
 """
 
+import contextlib
 import itertools
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -188,19 +191,11 @@ def learn(config, mesh, folder):
     meta_step = lambda state: pipeline.meta_step(tasks, meta_optimizer, state, run_key, norm)
     with checkpoints.manager(folder / "checkpoints") as manager:
         state = pipeline.init(tasks, meta_optimizer, meta_params, run_key)
-        try:
+        with failures_in_one_line(folder, manager):
             state = checkpoints.restore(manager, like=state) or state
             path = folder / "metrics.csv" if cli.is_first_process() else None
             log = metrics.Log(path, config.tasks, metric_scales(config), int(state.step))
             state, signal = advance(config, meta_step, state, log, partial(save, manager, folder, config, log))
-        except checkpoints.Damaged as error:
-            raise cli.UsageError(error) from None
-        except OSError as error:
-            last = manager.latest_step()
-            saved = (
-                "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume(folder)}"
-            )
-            raise SystemExit(f"cannot write to {folder} ({error}); {saved}") from None
     if lost := log.hopeless():
         raise SystemExit(
             f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in the last "
@@ -210,6 +205,27 @@ def learn(config, mesh, folder):
         print(f"stopped and saved after {int(state.step)} meta-steps; {how_to_resume(folder)}")
         raise SystemExit(128 + signal)
     return state.meta_params, log.rows
+
+
+@contextlib.contextmanager
+def failures_in_one_line(folder, manager):
+    """Ends the program where a checkpoint is damaged, the disk is full or another process is lost, saying how to go on."""
+    try:
+        yield
+        return
+    except checkpoints.Damaged as error:
+        raise cli.UsageError(error) from None
+    except OSError as error:
+        what = f"cannot write to {folder} ({error})"
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        what = f"another process of this run was lost ({str(error).splitlines()[0]})"
+    last = manager.latest_step()
+    saved = "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume(folder)}"
+    print(f"{what}; {saved}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # at once: an ordinary end would wait for the lost process, and for writes that cannot be done
 
 
 def advance(config, meta_step, state, log, save):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,7 +37,7 @@ import pipeline
 import suite
 
 PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
-GROUPS = ("env", "a2c", "ppo", "optimizer", "meta", "robots")
+GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
 
 
 def measure(step, state, repeats):
@@ -55,6 +56,16 @@ def row(group, name, value, unit, compile_s=None):
     compiled = "" if compile_s is None else f"compile {compile_s:6.1f} s"
     print(f"{group:10} {name:44} {value:12.4g} {unit:28} {compiled}".rstrip(), flush=True)
     return {"group": group, "name": name, "value": value, "unit": unit, "compile_s": compile_s}
+
+
+def machine(repeats):
+    """What the hardware can do, for comparison: a product of large matrices, and a copy of more than any cache holds."""
+    matrix, numbers = jnp.ones((2048, 2048)), jnp.ones(2**27)
+    seconds, _ = measure(lambda _: matrix @ matrix, None, repeats)
+    yield row("machine", "matrix product", 2 * 2048**3 / seconds / 1e9, "GFLOP/s")
+    negate = jax.jit(jnp.negative)
+    seconds, _ = measure(lambda _: negate(numbers), None, repeats)
+    yield row("machine", "read and write", 2 * numbers.nbytes / seconds / 1e9, "GB/s")
 
 
 def environments(repeats):
@@ -116,8 +127,8 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             return jnp.sum(params**2)
 
         for kind, function in (("forward", unroll), ("meta-gradient", jax.grad(unroll)))[: 2 if learned else 1]:
-            run = jax.jit(function)
-            seconds, compile_s = measure(lambda _: run(meta_params, grads), None, repeats)
+            run = partial(jax.jit(function), meta_params, grads)
+            seconds, compile_s = measure(lambda _, run=run: run(), None, repeats)
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
 
 
@@ -142,13 +153,11 @@ def meta_steps(cases):
     for name, *arguments in cases:
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, __file__, "--worker", json.dumps(arguments)]
-            start = lambda: subprocess.run(
-                command, env=os.environ | {"XDG_CACHE_HOME": cache}, capture_output=True, text=True
-            )
-            first, again = start(), start()
-        if again.returncode:
-            raise SystemExit(f"{name} failed:\n{again.stderr}")
-        first, again = (json.loads(process.stdout.splitlines()[-1]) for process in (first, again))
+            env = os.environ | {"XDG_CACHE_HOME": cache}
+            starts = [subprocess.run(command, check=False, env=env, capture_output=True, text=True) for _ in range(2)]
+        if starts[1].returncode:
+            raise SystemExit(f"{name} failed:\n{starts[1].stderr}")
+        first, again = (json.loads(process.stdout.splitlines()[-1]) for process in starts)
         yield row("meta", name, first["step"], "s/meta-step")
         yield row("meta", f"{name}: first meta-step", first["first"], "s from the start of Python's work")
         yield row("meta", f"{name}: first meta-step again", again["first"], "s from the start of Python's work")
@@ -160,6 +169,7 @@ def meta_cases(units):
     yield "six worlds x 32 units", PAPER_WORLDS, 32, None, "gradient"
     yield "six worlds x 32 units, 1 device", PAPER_WORLDS, 32, 1, "gradient"
     yield "six worlds x 32 units, pes", PAPER_WORLDS, 32, None, "pes"
+    yield "three worlds x 32 units", PAPER_WORLDS[:3], 32, None, "gradient"
     yield "catch x 64 units", ("catch",), 64, None, "gradient"
     for world in PAPER_WORLDS:
         yield f"{world} x 32 units", (world,), 32, None, "gradient"
@@ -190,6 +200,7 @@ def main():
         raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
     units = [int(number) for number in flags.units.split(",") if number]
     measurements = {
+        "machine": lambda: machine(flags.repeats),
         "env": lambda: environments(flags.repeats),
         "a2c": lambda: learners("a2c", flags.repeats),
         "ppo": lambda: learners("ppo", flags.repeats),
