@@ -1,12 +1,12 @@
 """What both programs share: fresh agents trained with an optimizer, tuned like every other, and the table that compares them.
 
-A task (a gridworld, Catch, a robot) is learned by A2C or PPO at the paper's test settings, or at smaller ones that a CPU
-can run. Many runs of one optimizer share one compiled program, in which learning rate, seed and meta-parameters are arguments.
+Many runs of one optimizer on a task of suite.py share one compiled program, in which learning rate, seed and
+meta-parameters are arguments.
 """
 
 import functools
 import warnings
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,9 @@ import optax
 import scipy.stats
 from jax.sharding import PartitionSpec
 
-import a2c
 import baselines
-import brax_env
-import gridworld
 import optim4rl
-import ppo
+import suite
 
 # Learned optimizers, each with weights of its own
 LEARNED = {
@@ -42,90 +39,6 @@ COLORS = dict(
     zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
 )
 TUNING_SEEDS = 2
-EVALUATION_EPISODES = 128  # deterministic ones that a trained robot plays at the end; as many as Brax's trainer plays
-
-# The paper's test settings: steps, and PPO's knobs (appendix).
-PAPER_PPO = {
-    "ant": (
-        1e8,
-        dict(num_envs=4096, batch_size=2048, rollout_length=5, num_epochs=4, entropy_cost=1e-2, reward_scale=10.0),
-    ),
-    "humanoid": (
-        1e8,
-        dict(num_envs=2048, batch_size=1024, rollout_length=10, num_epochs=8, entropy_cost=1e-3, reward_scale=0.1),
-    ),
-    "inverted_double_pendulum": (
-        2e7,
-        dict(num_envs=2048, batch_size=1024, rollout_length=5, num_epochs=4, entropy_cost=1e-2, reward_scale=10.0),
-    ),
-    "walker2d": (
-        5e7,
-        dict(
-            num_envs=2048,
-            batch_size=512,
-            rollout_length=20,
-            num_epochs=8,
-            entropy_cost=1e-3,
-            reward_scale=5.0,
-            discount=0.997,
-        ),
-    ),
-}
-# Settings of our own in which a CPU learns to balance the pendulum in half a minute.
-_CPU_PPO = dict(
-    num_envs=128,
-    batch_size=32,
-    num_minibatches=8,
-    rollout_length=64,
-    num_epochs=4,
-    discount=0.99,
-    entropy_cost=1e-3,
-    reward_scale=0.01,
-    value_hidden=(64,) * 3,
-)
-
-
-class Task(NamedTuple):
-    """A task as it is tested: who learns, how gradients are clipped, how long."""
-
-    name: str
-    learner: Any  # a2c.Learner or ppo.Learner
-    clip: float | None  # gradients are clipped element-wise to [-clip, clip]; not on catch, as in the paper
-    steps_per_update: int
-    steps: float
-    learning_rates: tuple  # among which every optimizer is tuned
-    # (agent, key) -> returns [EVALUATION_EPISODES] of whole episodes played without noise; None: not a robot
-    play: Callable | None = None
-
-
-@functools.cache
-def make_task(name, num_envs=None, ppo_settings="small"):
-    """The Task of that name. ValueError if there is none, or if a size makes no sense."""
-    if name in gridworld.NAMES:
-        config = a2c.Config(num_envs=num_envs if num_envs is not None else 64 if name == "catch" else 512)
-        learner = a2c.make(gridworld.make(name), config)
-        steps = 5e5 if name == "catch" else 3e6
-        return Task(
-            name,
-            learner,
-            None if name == "catch" else 1.0,
-            config.num_envs * config.rollout_length,
-            steps,
-            (3e-3, 1e-2, 3e-2, 1e-1),
-        )
-    if name not in brax_env.NAMES:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES + brax_env.NAMES)}")
-    steps, knobs = PAPER_PPO.get(name, PAPER_PPO["ant"]) if ppo_settings == "paper" else (5e5, _CPU_PPO)
-    config, env = ppo.Config(**knobs), brax_env.make(name)
-    return Task(
-        name,
-        ppo.make(env, config),
-        1.0,
-        config.batch_size * config.num_minibatches * config.rollout_length,
-        steps,
-        (3e-4, 1e-3, 3e-3, 1e-2),
-        jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
-    )
 
 
 class Runs(NamedTuple):
@@ -139,8 +52,8 @@ class Runs(NamedTuple):
         return self.returns.mean(1)
 
     def final(self):
-        """Mean return over the last fifth of the run: [R]."""
-        return self.returns[:, -(-self.returns.shape[1] * 4 // 5) :].mean(1)
+        """Mean return over the last fifth of the run, at least one point: [R]."""
+        return self.returns[:, -max(1, self.returns.shape[1] // 5) :].mean(1)
 
 
 class Store(NamedTuple):
@@ -156,8 +69,7 @@ def _compiled(task, rule, mesh, updates):
     """Jitted (init, advance) of many runs of one optimizer, sharded over the mesh; advance makes `updates` updates."""
 
     def make(meta_params, alpha):
-        optimizer = rule(meta_params, alpha)
-        return optimizer if task.clip is None else optax.chain(optax.clip(task.clip), optimizer)
+        return suite.clipped(task.name, rule(meta_params, alpha))
 
     def each(f, xs):
         return jax.lax.map(f, xs, batch_size=None if _on_cpu(mesh) else len(xs[0]))
@@ -183,7 +95,7 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
     """Trains R fresh agents side by side.
 
     Args:
-        task: Task.
+        task: suite.Task.
         optimizer: a name in OPTIMIZERS.
         meta_params: the learned optimizer's, or None.
         alphas, keys: [R] learning rate and PRNG key of each run.

@@ -23,11 +23,13 @@ import jax
 import matplotlib
 from tqdm import tqdm
 
+import brax_env
 import cli
 import compare
 import optim4rl
 import records
 import render
+import suite
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -67,7 +69,7 @@ class Config:
 
 PRESETS = {
     "quick": {},
-    "paper": dict(tasks=tuple(compare.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
+    "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 
 
@@ -114,15 +116,13 @@ def load_weights(config):
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
     try:
-        tasks = [compare.make_task(name, config.num_envs, config.ppo) for name in config.tasks]
+        tasks = [suite.make(name, config.num_envs, config.ppo) for name in config.tasks]
         meta_params = {"untrained": optim4rl.init_meta_params(jax.random.key(config.seed))}
         meta_params |= load_weights(config)
     except FileNotFoundError as error:
         raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None
     except ValueError as error:
         raise cli.UsageError(error) from None
-    if config.ppo not in ("small", "paper"):
-        raise cli.UsageError(f"--ppo is {config.ppo!r}; known: small, paper")
     for name in config.optimizers:
         if name not in compare.OPTIMIZERS:
             raise cli.UsageError(f"unknown optimizer {name!r}; known: {', '.join(compare.OPTIMIZERS)}")
@@ -130,7 +130,7 @@ def check(config):
         if not value:
             raise cli.UsageError(f"{name} is empty; name at least one")
     if config.render and not any(task.play for task in tasks):
-        robots = ", ".join(compare.brax_env.NAMES)
+        robots = ", ".join(brax_env.NAMES)
         raise cli.UsageError(f"--render films robots, and --tasks {','.join(config.tasks)} names none; known: {robots}")
     cli.check_positive(config, ("seeds", "steps", "learning_rate"))
     return tasks, meta_params
@@ -228,7 +228,7 @@ def main(argv=None):
         rows = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     if any(task.play for task in tasks):
-        print(f"Without noise: mean return of {compare.EVALUATION_EPISODES} episodes at the end of each reported run.")
+        print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")
     if config.render:
         film(config, folder, tasks)

@@ -1,7 +1,8 @@
-"""Program: learns an optimizer by pipeline training on gridworlds and Catch, then tests it on fresh agents (paper: the experiments).
+"""Program: learns an optimizer by pipeline training on gridworlds, Catch and robots, then tests it on fresh agents (paper: the experiments).
 
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
+    python meta_train.py --preset pendulum                  # a robot, learned by PPO
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -22,7 +23,7 @@ import jax
 import optax
 from tqdm import tqdm
 
-import a2c
+import brax_env
 import checkpoints
 import cli
 import compare
@@ -30,18 +31,9 @@ import gridworld
 import metrics
 import optim4rl
 import pipeline
+import suite
 
 LEARNED_OPTIMIZERS = compare.LEARNED
-# The paper's reward scale and alpha of each world in meta-training (appendix); elsewhere 1 and 1e-2.
-_PAPER_SETTINGS = {
-    "small_dense_long": (1e3, 1e-3),
-    "small_dense_short": (1e2, 3e-3),
-    "big_sparse_short": (1e2, 3e-3),
-    "big_dense_short": (1e1, 3e-3),
-    "big_sparse_long": (1e1, 1e-3),
-    "big_dense_long": (1.0, 3e-3),
-    "catch": (1.0, 1e-3),
-}
 
 
 def _knob(default, help_text):
@@ -50,10 +42,13 @@ def _knob(default, help_text):
 
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = _knob(("small_dense_short", "small_dense_long"), "comma-separated worlds to learn from")
+    tasks: tuple[str, ...] = _knob(
+        ("small_dense_short", "small_dense_long"), "comma-separated worlds and robots to learn from"
+    )
     optimizer: str = _knob("optim4rl", f"learned optimizer: {', '.join(LEARNED_OPTIMIZERS)}")
     num_units: int = _knob(64, "n: training units of each task")
-    num_envs: int = _knob(1, "environments of a unit")
+    num_envs: int = _knob(1, "environments of a unit; a robot's are among PPO's settings")
+    ppo: str = _knob("small", "PPO's settings, for robots: paper, or small ones of our own")
     meta_steps: int = _knob(400, "length of the run")
     reset_interval: int = _knob(
         72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
@@ -69,13 +64,13 @@ class Config:
     )
     reward_scale: tuple[float, ...] = _knob((), "factor on rewards, for all tasks or one each; none: the paper's")
     test_tasks: tuple[str, ...] = _knob(
-        ("small_dense_short", "small_dense_long", "small_sparse_short"), "worlds of the final table; none: no table"
+        ("small_dense_short", "small_dense_long", "small_sparse_short"), "tasks of the final table; none: no table"
     )
     test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
-    test_envs: int = _knob(64, "environments of an agent in the final table")
+    test_envs: int = _knob(64, "environments of an agent in the final table; a robot's are among PPO's settings")
     test_seeds: int = _knob(4, "runs of each optimizer in the final table")
     test_learning_rates: tuple[float, ...] = _knob(
-        (3e-3, 1e-2, 3e-2, 1e-1), "step sizes among which every optimizer of the table is tuned"
+        (), "step sizes among which every optimizer of the table is tuned; none: the task's grid"
     )
     seed: int = _knob(0, "seed of everything")
     devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
@@ -107,16 +102,32 @@ PRESETS = {
         test_steps=5e6,
         test_envs=512,
     ),
+    "pendulum": dict(
+        tasks=("inverted_pendulum",),
+        num_units=8,
+        meta_steps=100,
+        reset_interval=12,
+        alpha=(3e-4,),
+        meta_learning_rate=5e-3,
+        test_tasks=("inverted_pendulum",),
+        test_seeds=3,
+    ),
 }
 
 
 def per_task(values, config, which):
-    """One number per task, from a flag's none (the paper's), one or many."""
+    """One number per task, from a flag's none (the paper's), one or many; which: of suite.meta_defaults."""
     if not values:
-        return [_PAPER_SETTINGS.get(task, (1.0, 1e-2))[which] for task in config.tasks]
+        return [suite.meta_defaults(task, config.ppo)[which] for task in config.tasks]
     if len(values) not in (1, len(config.tasks)):
         raise cli.UsageError(f"{len(values)} values {values} for {len(config.tasks)} tasks; give one, or one each")
     return list(values) * (len(config.tasks) // len(values))
+
+
+def metric_scales(config):
+    """What rewards in the metrics of each task are multiplied by: worlds scale their rewards, robots leave it to PPO's loss."""
+    scales = per_task(config.reward_scale, config, 0)
+    return [1.0 if task in brax_env.NAMES else scale for task, scale in zip(config.tasks, scales)]
 
 
 def pipeline_config(config):
@@ -126,16 +137,14 @@ def pipeline_config(config):
 
 
 def make_tasks(config, mesh):
-    """The pipeline's tasks. Gradients are clipped to [-1, 1] in all tasks but catch, as in the paper."""
+    """The pipeline's tasks."""
     make_learned = LEARNED_OPTIMIZERS[config.optimizer].make
     settings = pipeline_config(config)
 
     def make_task(name, alpha, reward_scale):
-        learner = a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=config.num_envs))
-        clip = optax.identity() if name == "catch" else optax.clip(1.0)
-        return pipeline.make_task(
-            learner, lambda meta_params: optax.chain(clip, make_learned(meta_params, alpha)), settings, mesh
-        )
+        learner = suite.make_unit(name, reward_scale, config.num_envs, config.ppo)
+        make_optimizer = lambda meta_params: suite.clipped(name, make_learned(meta_params, alpha))
+        return pipeline.make_task(learner, make_optimizer, settings, mesh)
 
     return list(
         map(make_task, config.tasks, per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0))
@@ -150,9 +159,11 @@ def check(config):
         raise cli.UsageError(f"unknown estimator {config.estimator!r}; known: {', '.join(pipeline.ESTIMATORS)}")
     if not config.tasks:
         raise cli.UsageError("--tasks is empty; name at least one")
-    for name in config.tasks + config.test_tasks:
-        if name not in gridworld.NAMES:
-            raise cli.UsageError(f"unknown task {name!r}; known: {', '.join(gridworld.NAMES)}")
+    try:
+        for name in config.tasks + config.test_tasks:
+            suite.check(name, config.ppo)
+    except ValueError as error:
+        raise cli.UsageError(error) from None
     positive = (
         "num_envs",
         "sigma",
@@ -183,7 +194,7 @@ def learn(config, mesh, folder):
         with failures_in_one_line(folder, manager):
             state = checkpoints.restore(manager, like=state) or state
             path = folder / "metrics.csv" if cli.is_first_process() else None
-            log = metrics.Log(path, config.tasks, per_task(config.reward_scale, config, 0), int(state.step))
+            log = metrics.Log(path, config.tasks, metric_scales(config), int(state.step))
             state, signal = advance(config, meta_step, state, log, partial(save, manager, folder, config, log))
     if lost := log.hopeless():
         raise SystemExit(
@@ -265,19 +276,25 @@ def test(config, mesh, folder, learned_params):
     if config.optimizer == "optim4rl":  # elsewhere the untrained rule is SGD or Adam
         meta_params["untrained"] = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
     pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
-    rates, seeds, key, rows = config.test_learning_rates, config.test_seeds, jax.random.key(config.seed + 1), []
+    rates = {name: config.test_learning_rates or suite.make(name).learning_rates for name in config.test_tasks}
+    seeds, key, rows = config.test_seeds, jax.random.key(config.seed + 1), []
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
         for name, optimizer in pairs:
             bar.set_description(f"testing {optimizer} on {name}")
-            task, params = compare.make_task(name, config.test_envs), meta_params.get(optimizer)
-            alpha, runs = compare.tuned(task, optimizer, params, rates, seeds, key, mesh, config.test_steps, progress)
+            task, params = suite.make(name, config.test_envs, config.ppo), meta_params.get(optimizer)
+            alpha, runs = compare.tuned(
+                task, optimizer, params, rates[name], seeds, key, mesh, config.test_steps, progress
+            )
             rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
-    print(f"\nFresh agents, {config.test_envs} environments, {config.test_steps:.1e} steps, {seeds} seeds.")
-    print(f"Every optimizer is tuned over alpha = {rates}. Never seen in meta-training: {unseen}.")
+    print(
+        f"\nFresh agents, {config.test_steps:.1e} steps, {seeds} seeds; in gridworlds {config.test_envs} environments."
+    )
+    print(f"Every optimizer is tuned over alpha = {'; '.join(sorted(set(map(str, rates.values()))))}.")
+    print(f"Never seen in meta-training: {unseen}.")
     untrained = "; untrained is Optim4RL before meta-training, sign descent" * ("untrained" in meta_params)
     print(f"Interquartile mean [95% bootstrap interval]{untrained}.\n")
     print(compare.table(rows))

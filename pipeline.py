@@ -203,7 +203,8 @@ def pes(learner, make_optimizer, config):
         meta_grads = (epsilon_1 + ... + epsilon_t) (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
 
     is, in the mean over lives, the gradient of the mean loss over a whole life, for a Gaussian-smoothed theta. The loss is
-    minus the mean reward: what an agent is for, which its own loss is not. Forward passes only.
+    what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, or else minus
+    the mean reward, which is blind to falling where each step that an agent survives pays the same. Forward passes only.
     """
 
     def init(meta_params, key):
@@ -220,7 +221,7 @@ def pes(learner, make_optimizer, config):
             return unroll(learner, optimizer, config.inner_updates, agent, unroll_key)
 
         agents, metrics = jax.lax.map(lambda x: live(*x), (jnp.array([1.0, -1.0]), pair.agents))
-        losses = -metrics["reward"].mean(1)  # (2,)
+        losses = -metrics.get("objective", metrics["reward"]).mean(1)  # (2,)
         meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * config.sigma**2), perturbation)
         return meta_grads, Pair(agents, perturbation), jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
 

@@ -46,6 +46,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def make(env, config=Config()):
             (state, reward, done, truncation) and restarts by itself.
         config: Config.
     Returns:
-        Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); episode_return_sum,
-        episode_length_sum and episodes, over the episodes that ended.
+        Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
+        the running episodes); episode_return_sum, episode_length_sum and episodes, over the episodes that ended.
     """
     return Learner(partial(init, env, config), partial(update, env, config), partial(loss, env, config))
 
@@ -144,7 +145,11 @@ def update(env, config, optimizer, agent_state, key):
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
     carry = (agent_state.params, agent_state.opt_state)
     epoch_keys = jax.random.split(epochs_key, config.num_epochs)
-    (params, opt_state), losses = jax.lax.scan(partial(epoch, config, optimizer, data), carry, epoch_keys)
+    # A meta-gradient goes back through every optimizer step. Of an epoch it keeps the gradients, named so below, and the
+    # state at the start; the rest, optimizer states in between, it computes again, one epoch at a time.
+    keep_gradients = jax.checkpoint_policies.save_only_these_names("agent_gradient")
+    one_epoch = jax.checkpoint(partial(epoch, config, optimizer, data), policy=keep_gradients, prevent_cse=False)
+    (params, opt_state), losses = jax.lax.scan(one_epoch, carry, epoch_keys)
     return agent_state._replace(params=params, opt_state=opt_state), metrics | {"loss": losses.mean()}
 
 
@@ -152,7 +157,7 @@ def loss(env, config, agent_state, key):
     """The loss of the current parameters on fresh trajectories, as one batch: -> (loss, (agent_state, metrics))."""
     collect_key, loss_key = jax.random.split(key)
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
-    loss = ppo_loss(agent_state.params, data, loss_key, config)
+    loss = ppo_loss(agent_state.params, data, loss_key, config, num_pieces=config.num_minibatches)
     return loss, (agent_state, metrics | {"loss": loss})
 
 
@@ -166,6 +171,7 @@ def epoch(config, optimizer, data, carry, key):
         chosen, key = inputs
         minibatch = jax.tree.map(lambda x: x[:, chosen], data)
         loss, grads = jax.value_and_grad(ppo_loss)(params, minibatch, key, config)
+        grads = checkpoint_name(grads, "agent_gradient")
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -191,7 +197,7 @@ def collect(env, config, agent_state, key):
         ended_return, ended_length = (jnp.where(done, x, 0.0).sum() for x in episode)
         ended = {"episodes": done.sum(), "episode_return_sum": ended_return, "episode_length_sum": ended_length}
         transition = (obs, raw_action, log_prob(loc, scale, raw_action), reward, done & ~truncated, truncated)
-        return (env_state, *(jnp.where(done, 0.0, x) for x in episode)), (transition, ended)
+        return (env_state, *(jnp.where(done, 0.0, x) for x in episode)), (transition, ended, episode[0])
 
     def trajectory(carry, key):
         carry, outputs = jax.lax.scan(step, carry, jax.random.split(key, config.rollout_length))
@@ -199,7 +205,8 @@ def collect(env, config, agent_state, key):
 
     carry = (agent_state.env_state, agent_state.episode_return, agent_state.episode_length)
     keys = jax.random.split(key, config.batch_size * config.num_minibatches // config.num_envs)
-    carry, (((obs, *rest), ended), last_obs) = jax.lax.scan(trajectory, carry, keys)  # leaves [len(keys), T, N, ...]
+    # leaves [len(keys), T, N, ...]
+    carry, (((obs, *rest), ended, running_return), last_obs) = jax.lax.scan(trajectory, carry, keys)
     stats = update_obs_stats(stats, obs)
     obs = normalize(jnp.concatenate([obs, last_obs], axis=1), stats)
     data = Trajectories(*(x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (obs, *rest)))
@@ -207,10 +214,11 @@ def collect(env, config, agent_state, key):
     agent_state = agent_state._replace(
         env_state=env_state, obs_stats=stats, episode_return=episode_return, episode_length=episode_length
     )
-    return agent_state, data, jax.tree.map(jnp.sum, ended) | {"reward": data.reward.mean()}
+    metrics = jax.tree.map(jnp.sum, ended) | {"reward": data.reward.mean(), "objective": running_return.mean()}
+    return agent_state, data, metrics
 
 
-def ppo_loss(params, data, key, config):
+def ppo_loss(params, data, key, config, num_pieces=1):
     """Clipped surrogate + value_cost * half the squared error - entropy_cost * entropy, each a mean.
 
     Args:
@@ -218,17 +226,18 @@ def ppo_loss(params, data, key, config):
         data: Trajectories.
         key: draws the sample that estimates the entropy.
         config: Config.
+        num_pieces: the networks see the batch in so many pieces, and a backward pass holds the activations of one.
     Returns:
         loss [].
     """
-    obs, values = data.obs[:-1], value(params, data.obs[:-1])
+    obs, values = data.obs[:-1], in_pieces(value, num_pieces)(params, data.obs[:-1])
     bootstrap, rewards = value(params, data.obs[-1]), config.reward_scale * data.reward
     targets, advantages = gae(
         rewards, values, bootstrap, data.terminated, data.truncated, config.discount, config.gae_lambda
     )
     if config.normalize_advantages:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 1e-8: they may all be equal
-    loc, scale = policy(params, obs)
+    loc, scale = in_pieces(policy, num_pieces)(params, obs)
     ratio = jnp.exp(log_prob(loc, scale, data.raw_action) - data.log_prob)
     # min(rho Adv, clip(rho, 1 - epsilon, 1 + epsilon) Adv): nothing is gained by moving the ratio further than epsilon
     clipped_ratio = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
@@ -295,6 +304,17 @@ def policy(params, obs):
 def value(params, obs):
     """obs [..., D] -> values [...]."""
     return mlp(params["value"], obs)[..., 0]
+
+
+def in_pieces(network, num_pieces):
+    """The same function of (params, obs [T, B, D]), which takes B in pieces and computes each again in a backward pass."""
+
+    def apply(params, obs):
+        pieces = jnp.stack(jnp.split(obs, num_pieces, axis=1))
+        outputs = jax.lax.map(jax.checkpoint(partial(network, params), prevent_cse=False), pieces)
+        return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), outputs)
+
+    return network if num_pieces == 1 else apply
 
 
 def init_mlp(key, sizes):

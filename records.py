@@ -60,7 +60,7 @@ def store(folder, task, optimizer, key, metadata, phase):
 
     Args:
         folder: pathlib.Path of the evaluation; runs/ and policies/ exist in it.
-        task: compare.Task.
+        task: suite.Task.
         optimizer: name.
         key: draws the first states of the deterministic episodes; the same for all runs.
         metadata: anything JSON can hold, written into the policies' headers.

@@ -34,9 +34,10 @@ import compare
 import gridworld
 import meta_train
 import pipeline
+import suite
 
 PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
-GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta")
+GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
 
 
 def measure(step, state, repeats):
@@ -93,11 +94,11 @@ def learner_speed(group, name, learner, steps_per_update, optimizer, repeats):
 
 
 def learners(group, repeats):
-    """A2C with 512 environments, PPO with the small settings of compare.py, under Adam and Optim4RL."""
+    """A2C with 512 environments, PPO with the small settings of suite.py, under Adam and Optim4RL."""
     names = ("small_dense_short", "big_dense_long") if group == "a2c" else ("inverted_pendulum",)
     meta_params = compare.LEARNED["optim4rl"].init(jax.random.key(0))
     for name in names:
-        task = compare.make_task(name)
+        task = suite.make(name)
         for optimizer in ("adam", "optim4rl"):
             transformation = compare.OPTIMIZERS[optimizer](meta_params, 1e-3)
             yield learner_speed(
@@ -131,9 +132,10 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
 
 
-def meta_step_worker(tasks, num_units, devices, estimator, repeats):
+def meta_step_worker(repeats, tasks, num_units, devices, estimator, ppo="small"):
     """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
-    began, config = time.perf_counter(), meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator)
+    began = time.perf_counter()
+    config = meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator, ppo=ppo)
     mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
     meta_params = compare.LEARNED["optim4rl"].init(key)
@@ -147,9 +149,9 @@ def meta_step_worker(tasks, num_units, devices, estimator, repeats):
 
 
 def meta_steps(cases, repeats):
-    """cases: (name, tasks, units, devices, estimator); devices None: all. The first case is started twice."""
+    """cases: (name, *arguments of meta_step_worker); devices None: all. The first case is started twice."""
     for number, (name, *case) in enumerate(cases):
-        command = [sys.executable, __file__, "--worker", json.dumps([*case, repeats])]
+        command = [sys.executable, __file__, "--worker", json.dumps([repeats, *case])]
         with tempfile.TemporaryDirectory() as cache:
             for start in ("", " again") if number == 0 else ("",):
                 env = os.environ | {"XDG_CACHE_HOME": cache}
@@ -178,6 +180,13 @@ def meta_cases(units):
     yield f"six worlds x {max(units)} units", PAPER_WORLDS, max(units), None, "gradient"
 
 
+def robot_cases():
+    """Units of a robot: what one of them costs, and what two more add."""
+    for settings in ("small", "paper"):
+        for num_units in (1, 3):
+            yield f"ant x {num_units} units, {settings} PPO", ("ant",), num_units, 1, "gradient", settings
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
@@ -187,8 +196,8 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
-        tasks, *case = json.loads(flags.worker)
-        return meta_step_worker(tuple(tasks), *case)
+        repeats, tasks, *case = json.loads(flags.worker)
+        return meta_step_worker(repeats, tuple(tasks), *case)
     groups = flags.only.split(",")
     if unknown := set(groups) - set(GROUPS):
         raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
@@ -200,6 +209,7 @@ def main():
         "ppo": lambda: learners("ppo", flags.repeats),
         "optimizer": lambda: optimizers(flags.repeats),
         "meta": lambda: meta_steps(meta_cases(units), flags.repeats),
+        "robots": lambda: meta_steps(robot_cases(), repeats=1),  # the paper's settings take minutes on a CPU
     }
     device = jax.devices()[0]
     print(f"{os.cpu_count()} cores; jax {jax.__version__} on {device.platform} ({device.device_kind})")

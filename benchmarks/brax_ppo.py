@@ -29,12 +29,12 @@ import optax
 
 import brax_env  # first: it keeps Brax quiet
 import cli
-import compare
 import ppo
+import suite
 
 from brax.training.agents.ppo import networks, train  # isort: skip
 
-EPISODE_LENGTH, EPISODES = 1000, compare.EVALUATION_EPISODES
+EPISODE_LENGTH, EPISODES = 1000, suite.EVALUATION_EPISODES
 PAPER_LEARNING_RATES = {"walker2d": 3e-5}  # elsewhere 3e-4
 
 
@@ -77,10 +77,10 @@ def make_plan(config):
         raise cli.UsageError(f"--ppo is {config.ppo!r}; known: small, paper")
     cli.check_positive(config, ("seeds", "steps", "learning_rate", "points"))
     if config.ppo == "paper":
-        steps, knobs = compare.PAPER_PPO.get(config.task, compare.PAPER_PPO["ant"])
+        steps, knobs = suite.PAPER_PPO.get(config.task, suite.PAPER_PPO["ant"])
         learning_rate = PAPER_LEARNING_RATES.get(config.task, 3e-4)
     else:
-        steps, knobs, learning_rate = 5e5, compare._CPU_PPO, 1e-3
+        steps, knobs, learning_rate = 5e5, suite.SMALL_PPO, 1e-3
     settings = ppo.Config(**knobs)
     steps_per_update = settings.batch_size * settings.num_minibatches * settings.rollout_length
     updates = int(np.ceil((config.steps or steps) / config.points / steps_per_update))  # rounded up, as Brax does

@@ -252,6 +252,7 @@ def test_one_update_equals_a_python_loop():
     # Adam's first steps are near +-learning rate whatever the gradient: rounding shows where a gradient is almost 0.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours.params, params)
     np.testing.assert_allclose(metrics["reward"], np.mean(rewards), rtol=1e-6)
+    np.testing.assert_allclose(metrics["objective"], np.mean([1, 3, 6] * 3 + [1]))  # returns so far, step after step
     episodes = 10 // 3 * TOY.num_envs  # 2 rounds of 5 steps; each whole episode pays 1 + 2 + 3
     assert (metrics["episodes"], metrics["episode_return_sum"], metrics["episode_length_sum"]) == (
         episodes,
