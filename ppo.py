@@ -72,10 +72,8 @@ class Config:
         for size in ("num_envs", "batch_size", "num_minibatches", "rollout_length", "num_epochs"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{size} is {getattr(self, size)}; it must be at least 1")
-        if self.batch_size * self.num_minibatches % self.num_envs:
-            raise ValueError(
-                f"batch_size * num_minibatches = {self.batch_size * self.num_minibatches} is not a multiple of num_envs = {self.num_envs}"
-            )
+        if (total := self.batch_size * self.num_minibatches) % self.num_envs:
+            raise ValueError(f"batch_size * num_minibatches = {total} is no multiple of num_envs = {self.num_envs}")
         for fraction in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, fraction) <= 1:
                 raise ValueError(f"{fraction} is {getattr(self, fraction)}; it must lie between 0 and 1")
@@ -135,8 +133,8 @@ def init(env, config, key, optimizer):
         "value": init_mlp(value_key, (obs_size, *config.value_hidden, 1)),
     }
     env_state = jax.vmap(env.reset)(jax.random.split(env_key, config.num_envs))
-    zeros = jnp.zeros(config.num_envs)
-    return AgentState(params, optimizer.init(params), env_state, init_obs_stats(obs_size), zeros, zeros)
+    stats, so_far = init_obs_stats(obs_size), jnp.zeros((2, config.num_envs))
+    return AgentState(params, optimizer.init(params), env_state, stats, *so_far)
 
 
 def update(env, config, optimizer, agent_state, key):
@@ -144,12 +142,11 @@ def update(env, config, optimizer, agent_state, key):
     collect_key, epochs_key = jax.random.split(key)
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
     carry = (agent_state.params, agent_state.opt_state)
-    epoch_keys = jax.random.split(epochs_key, config.num_epochs)
-    # A meta-gradient goes back through every optimizer step. Of an epoch it keeps the gradients, named so below, and the
-    # state at the start; the rest, optimizer states in between, it computes again, one epoch at a time.
+    # A meta-gradient goes back through every optimizer step. It keeps the gradients, named so below, and the optimizer's
+    # state before each epoch; the states in between it computes again.
     keep_gradients = jax.checkpoint_policies.save_only_these_names("agent_gradient")
     one_epoch = jax.checkpoint(partial(epoch, config, optimizer, data), policy=keep_gradients, prevent_cse=False)
-    (params, opt_state), losses = jax.lax.scan(one_epoch, carry, epoch_keys)
+    (params, opt_state), losses = jax.lax.scan(one_epoch, carry, jax.random.split(epochs_key, config.num_epochs))
     return agent_state._replace(params=params, opt_state=opt_state), metrics | {"loss": losses.mean()}
 
 
@@ -167,12 +164,10 @@ def epoch(config, optimizer, data, carry, key):
     order = jax.random.permutation(shuffle_key, config.num_minibatches * config.batch_size)
 
     def optimizer_step(carry, inputs):
-        params, opt_state = carry
-        chosen, key = inputs
+        (params, opt_state), (chosen, key) = carry, inputs
         minibatch = jax.tree.map(lambda x: x[:, chosen], data)
         loss, grads = jax.value_and_grad(ppo_loss)(params, minibatch, key, config)
-        grads = checkpoint_name(grads, "agent_gradient")
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(checkpoint_name(grads, "agent_gradient"), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
     loss_keys = jax.random.split(loss_key, config.num_minibatches)
@@ -205,16 +200,13 @@ def collect(env, config, agent_state, key):
 
     carry = (agent_state.env_state, agent_state.episode_return, agent_state.episode_length)
     keys = jax.random.split(key, config.batch_size * config.num_minibatches // config.num_envs)
-    # leaves [len(keys), T, N, ...]
-    carry, (((obs, *rest), ended, running_return), last_obs) = jax.lax.scan(trajectory, carry, keys)
+    carry, (((obs, *rest), ended, returns), last_obs) = jax.lax.scan(trajectory, carry, keys)  # [len(keys), T, N, ...]
     stats = update_obs_stats(stats, obs)
     obs = normalize(jnp.concatenate([obs, last_obs], axis=1), stats)
     data = Trajectories(*(x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (obs, *rest)))
-    env_state, episode_return, episode_length = carry
-    agent_state = agent_state._replace(
-        env_state=env_state, obs_stats=stats, episode_return=episode_return, episode_length=episode_length
-    )
-    metrics = jax.tree.map(jnp.sum, ended) | {"reward": data.reward.mean(), "objective": running_return.mean()}
+    env_state, *episode = carry
+    agent_state = AgentState(agent_state.params, agent_state.opt_state, env_state, stats, *episode)
+    metrics = jax.tree.map(jnp.sum, ended) | {"reward": data.reward.mean(), "objective": returns.mean()}
     return agent_state, data, metrics
 
 
@@ -227,17 +219,15 @@ def ppo_loss(params, data, key, config, num_pieces=1):
         key: draws the sample that estimates the entropy.
         config: Config.
         num_pieces: the networks see the batch in so many pieces, and a backward pass holds the activations of one.
-    Returns:
-        loss [].
+    Returns: loss [].
     """
-    obs, values = data.obs[:-1], in_pieces(value, num_pieces)(params, data.obs[:-1])
+    values = in_pieces(value, num_pieces, params, data.obs[:-1])
     bootstrap, rewards = value(params, data.obs[-1]), config.reward_scale * data.reward
-    targets, advantages = gae(
-        rewards, values, bootstrap, data.terminated, data.truncated, config.discount, config.gae_lambda
-    )
+    ends, decays = (data.terminated, data.truncated), (config.discount, config.gae_lambda)
+    targets, advantages = gae(rewards, values, bootstrap, *ends, *decays)
     if config.normalize_advantages:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 1e-8: they may all be equal
-    loc, scale = in_pieces(policy, num_pieces)(params, obs)
+    loc, scale = in_pieces(policy, num_pieces, params, data.obs[:-1])
     ratio = jnp.exp(log_prob(loc, scale, data.raw_action) - data.log_prob)
     # min(rho Adv, clip(rho, 1 - epsilon, 1 + epsilon) Adv): nothing is gained by moving the ratio further than epsilon
     clipped_ratio = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
@@ -270,8 +260,7 @@ def gae(rewards, values, bootstrap, terminated, truncated, discount, gae_lambda)
     decays = discount * gae_lambda * follows * known
     corrections = jax.lax.scan(backward, jnp.zeros_like(bootstrap), (td_errors, decays), reverse=True)[1]
     targets = values + corrections
-    next_targets = jnp.concatenate([targets[1:], bootstrap[None]])
-    advantages = known * (rewards + discount * follows * next_targets - values)
+    advantages = known * (rewards + discount * follows * jnp.concatenate([targets[1:], bootstrap[None]]) - values)
     return jax.lax.stop_gradient((targets, advantages))
 
 
@@ -306,15 +295,13 @@ def value(params, obs):
     return mlp(params["value"], obs)[..., 0]
 
 
-def in_pieces(network, num_pieces):
-    """The same function of (params, obs [T, B, D]), which takes B in pieces and computes each again in a backward pass."""
-
-    def apply(params, obs):
-        pieces = jnp.stack(jnp.split(obs, num_pieces, axis=1))
-        outputs = jax.lax.map(jax.checkpoint(partial(network, params), prevent_cse=False), pieces)
-        return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), outputs)
-
-    return network if num_pieces == 1 else apply
+def in_pieces(network, num_pieces, params, obs):
+    """network(params, obs [T, B, D]), which takes B in pieces and computes each again in a backward pass."""
+    if num_pieces == 1:
+        return network(params, obs)
+    pieces = jnp.stack(jnp.split(obs, num_pieces, axis=1))
+    outputs = jax.lax.map(jax.checkpoint(partial(network, params), prevent_cse=False), pieces)
+    return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), outputs)
 
 
 def init_mlp(key, sizes):
@@ -359,15 +346,15 @@ def normalize(obs, stats):
 def evaluate(env, params, obs_stats, key, num_episodes):
     """Returns [num_episodes] of whole episodes played without noise, a = tanh(loc); the environment's must all end."""
     reset_key, key = jax.random.split(key)
-    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
 
     def step(carry):
         env_state, returns, ended, key = carry
         key, env_key = jax.random.split(key)
         loc, _ = policy(params, normalize(jax.vmap(env.observe)(env_state), obs_stats))
-        env_keys = jax.random.split(env_key, num_episodes)
-        env_state, reward, done, _ = jax.vmap(env.step)(env_keys, env_state, jnp.tanh(loc))
+        keys = jax.random.split(env_key, num_episodes)
+        env_state, reward, done, _ = jax.vmap(env.step)(keys, env_state, jnp.tanh(loc))
         return env_state, returns + jnp.where(ended, 0.0, reward), ended | done, key
 
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
     carry = (env_state, jnp.zeros(num_episodes), jnp.zeros(num_episodes, bool), key)
     return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1]
