@@ -198,17 +198,20 @@ def new_folder(out, name, config):
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(content, indent=1))
+        with whole_file(folder / "config.json", "w") as file:
+            json.dump(content, file, indent=1)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
     return folder
 
 
-def write_text(path, text):
-    """Replaces a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+@contextlib.contextmanager
+def whole_file(path, mode):
+    """Within it, a file to write; it takes the place of what was at the path only when it is complete."""
+    partial = f"{path}.partial"
+    with open(partial, mode) as file:
+        yield file
+    os.replace(partial, path)
 
 
 def read_config(config_class, folder):

@@ -276,13 +276,14 @@ def test(config, mesh, folder, learned_params):
     if config.optimizer == "optim4rl":  # elsewhere the untrained rule is SGD or Adam
         meta_params["untrained"] = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
     pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
-    rates = {name: config.test_learning_rates or suite.make(name).learning_rates for name in config.test_tasks}
+    tasks = {name: suite.make(name, config.test_envs, config.ppo) for name in config.test_tasks}
+    rates = {name: config.test_learning_rates or task.learning_rates for name, task in tasks.items()}
     seeds, key, rows = config.test_seeds, jax.random.key(config.seed + 1), []
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
         for name, optimizer in pairs:
             bar.set_description(f"testing {optimizer} on {name}")
-            task, params = suite.make(name, config.test_envs, config.ppo), meta_params.get(optimizer)
+            task, params = tasks[name], meta_params.get(optimizer)
             alpha, runs = compare.tuned(
                 task, optimizer, params, rates[name], seeds, key, mesh, config.test_steps, progress
             )

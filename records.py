@@ -16,12 +16,12 @@ Example, from a finished evaluation: the return of a robot that plays without no
 """
 
 import json
-import os
 import zipfile
 
 import jax.numpy as jnp
 import numpy as np
 
+import cli
 import compare
 import optim4rl
 import ppo
@@ -32,10 +32,8 @@ _UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError,
 
 def write(path, arrays):
     """Writes {name: array} as an .npz file, complete or not at all."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
+    with cli.whole_file(path, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(partial, path)
 
 
 def read(path):

@@ -127,8 +127,8 @@ def test_the_backward_pass_keeps_gradients_not_activations():
     env = rolling_env()
 
     def temporary_bytes(num_epochs):
-        config = dataclasses.replace(TINY, num_envs=64, batch_size=64, num_minibatches=4, num_epochs=num_epochs)
-        config = dataclasses.replace(config, num_envs=256, policy_hidden=(16,) * 2, value_hidden=(16,) * 2)
+        config = dataclasses.replace(TINY, num_envs=256, batch_size=64, num_minibatches=4, num_epochs=num_epochs)
+        config = dataclasses.replace(config, policy_hidden=(16,) * 2, value_hidden=(16,) * 2)
         learner, theta, key = ppo.make(env, config), some_meta_params(), jax.random.key(0)
         agent = jax.eval_shape(lambda: learner.init(key, make_optimizer(theta)))
         unit = lambda agent: pipeline.meta_gradient(learner, make_optimizer, 1, theta, agent, key)
