@@ -96,7 +96,7 @@ def make(env, config=Config()):
 
     def rollout_loss(params, agent_state, key):
         agent_state, rollout, metrics = collect(env, config, params, agent_state, key)
-        logits, values = apply_network(params, rollout.obs.reshape(-1, *env.obs_shape))  # one batch of all observations
+        logits, values = apply_in_pieces(params, rollout.obs.reshape(-1, *env.obs_shape))  # all observations
         logits, values = (x.reshape(config.rollout_length + 1, config.num_envs, *x.shape[1:]) for x in (logits, values))
         loss, _ = a2c_loss(logits, values, rollout.actions, rollout.rewards, rollout.dones, config)
         return loss, (agent_state, metrics | {"loss": loss})
@@ -215,6 +215,18 @@ def apply_network(params, obs):
         obs = jax.nn.relu(linear("conv", patches_2x2(obs)))  # (B, planes, rows, F)
     body = jax.nn.relu(linear("body", obs.reshape(obs.shape[0], -1)))
     return linear("policy", body), linear("value", body)[:, 0]
+
+
+def apply_in_pieces(params, obs, piece=64):
+    """apply_network for many observations: with a convolution, a CPU takes a piece at a time, 1.5 times as fast.
+
+    The patches of the convolution are 4 times the observation. Those of a piece fit a core's cache, for the backward pass
+    too, which computes them again.
+    """
+    if "conv" not in params or len(obs) <= piece or jax.default_backend() != "cpu":
+        return apply_network(params, obs)
+    one = lambda x: jax.tree.map(lambda y: y[0], apply_network(params, x[None]))
+    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), obs, batch_size=piece)
 
 
 def patches_2x2(x):

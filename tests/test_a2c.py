@@ -56,6 +56,15 @@ def test_patches_make_a_convolution():
     np.testing.assert_allclose(a2c.patches_2x2(jnp.asarray(x)) @ kernel.reshape(12, 6), expected, **FLOAT32)
 
 
+def test_pieces_do_not_change_the_network_or_its_gradient():
+    env = gridworld.make("big_sparse_short")
+    params = a2c.init_network(jax.random.key(0), env, a2c.Config())
+    obs = jax.random.uniform(jax.random.key(1), (150, *env.obs_shape))  # two pieces and a rest
+    loss = lambda network, params: sum(jnp.mean(jnp.sin(x)) for x in network(params, obs))
+    whole, pieces = (jax.value_and_grad(loss, 1)(f, params) for f in (a2c.apply_network, a2c.apply_in_pieces))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), whole, pieces)
+
+
 @pytest.mark.parametrize(
     "name, shapes",
     [
