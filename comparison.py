@@ -11,7 +11,6 @@ not contain how much meta-runs differ. The folder receives config.json, TASK-OPT
 curves.png, weights), runs/ (each finished agent), weights/ (the chosen ones), curves.csv, summary.json and figure3.png.
 """
 
-import contextlib
 import csv
 import itertools
 import json
@@ -127,7 +126,13 @@ def make_candidates(config, folder, task, optimizer, mesh):
     return {0: optim4rl.init_meta_params(jax.random.key(config.seed)) if optimizer == "untrained" else None}
 
 
-def run_all(config, folder, mesh):
+def end_if(signals):
+    """Ends the program after Ctrl-C or SIGTERM: only the agent under way is lost."""
+    if signals:
+        raise SystemExit(128 + signals[0])
+
+
+def run_all(config, folder, mesh, signals):
     """All optimizers on all tasks: writes the chosen weights, curves.csv and summary.json; returns the table's rows."""
     rows = []
     with open(folder / "curves.csv", "w", newline="") as file:
@@ -135,12 +140,12 @@ def run_all(config, folder, mesh):
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for name, optimizer in itertools.product(config.tasks, config.optimizers):
             candidates, task = make_candidates(config, folder, name, optimizer, mesh), suite.make(name, config.test_envs)
-            with cli.graceful_stop() as signals, tqdm(total=100, desc=f"{name} {optimizer}", unit="%") as bar:
+            bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
+            with tqdm(total=100, desc=f"{name} {optimizer}", bar_format=bar_format) as bar:
 
                 def progress(part):
                     bar.update(min(100 * part, 100 - bar.n))
-                    if signals:
-                        raise SystemExit(128 + signals[0])
+                    end_if(signals)
 
                 row, runs, meta_params = report(config, folder, task, optimizer, candidates, mesh, progress)
             if optimizer in compare.LEARNED:
@@ -164,18 +169,7 @@ def check(config):
             raise cli.UsageError(f"unknown {name} {unknown[0]!r}; known: {', '.join(known)}")
     if not config.meta_learning_rates:
         raise cli.UsageError("--meta-learning-rates is empty; give at least one")
-    cli.check_positive(config, ("meta_learning_rates", "meta_steps", "test_steps", "test_envs", "seeds"))
-
-
-@contextlib.contextmanager
-def ends_with_how_to_resume(folder):
-    """Where a signal stops the program within it, its last line says how to go on."""
-    try:
-        yield
-    except SystemExit as stop:
-        if stop.code in (128 + number for number in (2, 15)):
-            print(f"\nwhat is finished is kept; the comparison goes on with: python comparison.py --resume {folder}")
-        raise
+    cli.check_positive(config, ("num_units", "meta_learning_rates", "meta_steps", "test_steps", "test_envs", "seeds"))
 
 
 def main(argv=None):
@@ -193,8 +187,13 @@ def main(argv=None):
     for name in ("runs", "weights"):
         (folder / name).mkdir(exist_ok=True)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
-    with ends_with_how_to_resume(folder):
-        rows = run_all(config, folder, mesh)
+    with cli.graceful_stop() as signals:
+        try:
+            rows = run_all(config, folder, mesh, signals)
+        except SystemExit as stop:
+            if isinstance(stop.code, int):  # a signal, here or in a meta-run; a lost meta-run has words of its own
+                print(f"\nstopped; the comparison goes on with: python comparison.py --resume {folder}")
+            raise
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     print(f"Curves: {figures.learning_curves('figure3', [folder], folder)}")
 
