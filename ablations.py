@@ -107,7 +107,9 @@ class Setting:
 def settings(config):
     """{name: Setting}: the base, then what differs from it in one field, named like "num_units=4"."""
     base = Setting(**{name: getattr(config, name)[0] for name in TITLES})
-    varied = {f"{name}={value}": replace(base, **{name: value}) for name in TITLES for value in getattr(config, name)[1:]}
+    varied = {
+        f"{name}={value}": replace(base, **{name: value}) for name in TITLES for value in getattr(config, name)[1:]
+    }
     return {"base": base} | varied
 
 
@@ -237,15 +239,22 @@ def rows(config, results):
 
 
 def write_csv(path, table):
+    """The table as a file; areas has the return over the whole run of each seed."""
     with cli.whole_file(path, "w") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.4f}" if isinstance(v, float) and k not in ("value", "alpha") else v for k, v in row.items()} for row in table)
+        for row in table:
+            measured = {
+                name: f"{row[name]:.4f}" for name in row if name.startswith(("area", "final")) and name != "areas"
+            }
+            writer.writerow(row | measured)
 
 
 def text(table):
     """The table as text."""
-    lines = [f"{'ablation':34} {'value':14} {'meta-steps':>10} {'alpha':>7}   {'return, whole run':22} return, last fifth"]
+    lines = [
+        f"{'ablation':34} {'value':14} {'meta-steps':>10} {'alpha':>7}   {'return, whole run':22} return, last fifth"
+    ]
     for before, row in zip([None, *table], table):
         if before and before["ablation"] != row["ablation"]:
             lines.append("")
@@ -274,7 +283,10 @@ def draw(path, table, task):
         labels.append(f"{row['ablation'] + ':  ' if new else ''}{row['value']}")
     axis.set_yticks(ticks, labels)
     axis.invert_yaxis()
-    axis.set(xlabel=f"episode return on {task}, mean of an agent's whole life", title="One change at a time; diamonds: the base")
+    axis.set(
+        xlabel=f"episode return on {task}, mean of an agent's whole life",
+        title="One change at a time; diamonds: the base",
+    )
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -41,10 +41,13 @@ def _knob(default, help_text):
 @dataclass(frozen=True)
 class Config:
     tasks: tuple[str, ...] = _knob(("catch", "big_dense_long"), "comma-separated gridworlds, or catch")
-    optimizers: tuple[str, ...] = _knob(tuple(compare.OPTIMIZERS), f"of {', '.join(compare.OPTIMIZERS)}")
+    optimizers: tuple[str, ...] = _knob(
+        ("optim4rl", "untrained", "adam", "rmsprop", "linear_optim", "l2lgd2", "star"),
+        f"of {', '.join(compare.OPTIMIZERS)}",
+    )
     meta_learning_rates: tuple[float, ...] = _knob((1e-3, 3e-3), "of Adam on the meta-parameters: a meta-run of each")
-    num_units: int = _knob(16, "n: training units")
-    meta_steps: int = _knob(120, "length of a meta-run")
+    num_units: int = _knob(12, "n: training units")
+    meta_steps: int = _knob(100, "length of a meta-run")
     reset_interval: int = _knob(48, "m: meta-steps in the life of a unit; 0: no resets")
     test_steps: float = _knob(3.2e5, "environment steps of a tested agent")
     test_envs: int = _knob(64, "environments of a tested agent")
@@ -139,7 +142,10 @@ def run_all(config, folder, mesh, signals):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for name, optimizer in itertools.product(config.tasks, config.optimizers):
-            candidates, task = make_candidates(config, folder, name, optimizer, mesh), suite.make(name, config.test_envs)
+            candidates, task = (
+                make_candidates(config, folder, name, optimizer, mesh),
+                suite.make(name, config.test_envs),
+            )
             bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
             with tqdm(total=100, desc=f"{name} {optimizer}", bar_format=bar_format) as bar:
 

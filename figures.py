@@ -3,7 +3,7 @@
     python figures.py figure1                               # A2C's gradients over its life: a minute on a CPU core
     python figures.py figure5                               # the same in supervised learning, beside figure 1: seconds
     python figures.py figure2                               # pipeline training's resets, and the update rule
-    python figures.py figure3 --results DIR,DIR             # learning curves from evaluate.py's folders; figure4 too
+    python figures.py figure3 --results DIR,DIR             # learning curves from folders of comparison.py or evaluate.py; figure4 too
 
 Figures 1 and 5 keep small histograms in --results, and draw what is there already; any other data need another folder.
 """
@@ -222,10 +222,8 @@ def learning_curves(name, folders, out):
 def figure3(config, folders, out):
     """Learning curves, each learned optimizer meta-trained on the task it is tested on (paper: Figure 3).
 
-    For each TASK of catch, big_dense_long and each NAME of optim4rl, linear_optim, l2lgd2, star:
-    python meta_train.py --tasks TASK --test-tasks "" --optimizer NAME --out runs/TASK-NAME
-    python evaluate.py --tasks TASK --optimizers NAME,NAME,adam,rmsprop --weights NAME=FILE,NAME=FILE --out runs/TASK
-    python figures.py figure3 --results runs/catch,runs/big_dense_long
+    python comparison.py --out runs/comparison
+    python figures.py figure3 --results runs/comparison
     """
     return learning_curves("figure3", folders, out)
 

@@ -32,7 +32,9 @@ def test_settings_differ_from_the_base_in_one_field():
 
 
 def test_settings_have_the_same_number_of_agent_updates_and_lives_of_equal_length():
-    config = ablations.Config(num_units=(16, 4, 64), inner_updates=(4, 1, 2, 16), meta_steps=160, reset_interval=(72, 8))
+    config = ablations.Config(
+        num_units=(16, 4, 64), inner_updates=(4, 1, 2, 16), meta_steps=160, reset_interval=(72, 8)
+    )
     for name, setting in ablations.settings(config).items():
         meta_steps, reset_interval = ablations.budget(config, setting)
         assert meta_steps * setting.num_units * setting.inner_updates == 160 * 16 * 4
@@ -41,24 +43,32 @@ def test_settings_have_the_same_number_of_agent_updates_and_lives_of_equal_lengt
 
 def test_the_policys_meta_loss_is_the_policys_part_and_learning_is_unchanged():
     config = ablations.Config()
-    base = ablations.settings(config)["base"]
-    whole, policy = (
-        ablations.make_learner(config, setting)
-        for setting in (base, ablations.settings(config)["meta_loss=policy"])
+    of = lambda name: ablations.make_learner(config, ablations.settings(config)[name])
+    whole, policy, env, agent_config = (
+        of("base"),
+        of("meta_loss=policy"),
+        gridworld.make(config.task, 100.0),
+        a2c.Config(1),
     )
-    optimizer, key = optax.sgd(0.1), jax.random.key(0)
-    agent = whole.init(key, optimizer)
-    updated, expected = policy.update(optimizer, agent, key)[0], whole.update(optimizer, agent, key)[0]
-    jax.tree.map(np.testing.assert_array_equal, updated.params, expected.params)
-    # An oracle from the loss's three terms: -mean(log pi(a|s) advantage), on the same rollout.
-    agent_config = a2c.Config(num_envs=1)
-    env = gridworld.make(config.task, 100.0)
-    _, rollout, _ = a2c.collect(env, agent_config, agent.params, agent, key)
-    logits, values = a2c.apply_network(agent.params, rollout.obs.reshape(-1, *env.obs_shape))
-    td_errors = a2c.lambda_returns(rollout.rewards, rollout.dones, values[:, None], agent_config) - values[:-1, None]
-    log_probs = jax.nn.log_softmax(logits[:-1])[jnp.arange(20), rollout.actions[:, 0]]
-    np.testing.assert_allclose(policy.loss(agent, key)[0], -np.mean(log_probs * td_errors[:, 0]), rtol=1e-5)
-    assert abs(policy.loss(agent, key)[0] - whole.loss(agent, key)[0]) > 1e-3
+
+    def oracle(agent, key):  # -mean(log pi(a|s) advantage), on the same rollout
+        _, rollout, _ = a2c.collect(env, agent_config, agent.params, agent, key)
+        logits, values = a2c.apply_network(agent.params, rollout.obs.reshape(-1, *env.obs_shape))
+        returns = a2c.lambda_returns(rollout.rewards, rollout.dones, values[:, None], agent_config)
+        log_probs = jax.nn.log_softmax(logits[:-1])[jnp.arange(20), rollout.actions[:, 0]]
+        return -jnp.mean(log_probs * (returns[:, 0] - values[:-1]))
+
+    @jax.jit
+    def all_numbers(key):
+        optimizer = optax.sgd(0.1)
+        agent = whole.init(key, optimizer)
+        losses = policy.loss(agent, key)[0], oracle(agent, key), whole.loss(agent, key)[0]
+        return losses, [learner.update(optimizer, agent, key)[0].params for learner in (policy, whole)]
+
+    (found, expected, other), (updated, updated_by_whole) = all_numbers(jax.random.key(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(found - other) > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, updated, updated_by_whole)
 
 
 def test_the_table_has_the_base_in_each_ablation_and_intervals_over_seeds():
@@ -78,26 +88,34 @@ def test_the_table_has_the_base_in_each_ablation_and_intervals_over_seeds():
     assert all(len(row["areas"].split()) == row["seeds"] == 4 for row in table)
 
 
-def test_a_stopped_program_goes_on_to_the_same_results(tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+def test_a_stopped_program_goes_on_and_runs_nothing_twice(tmp_path):
+    folder = tmp_path / "run"
     process = start("ablations.py", f"{TINY} 2,0 --out {folder}")
     while not (folder / "weights" / "base-0.npz").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 130 and f"go on with: python ablations.py --resume {folder}" in out, err
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     assert not (folder / "results.csv").exists() and folder / "settings" / "adam.json" in kept
     code, out, err = finish("ablations.py", f"--resume {folder}")
     assert code == 0 and "reset interval" in out, err
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    code, _, err = finish("ablations.py", f"{TINY} 2,0 --out {whole}")
-    assert code == 0, err
-    assert (whole / "results.csv").read_bytes() == (folder / "results.csv").read_bytes()
     assert (folder / "ablations.png").read_bytes()[:4] == b"\x89PNG"
     rows = read_csv(folder / "results.csv")
     assert [row["value"] for row in rows] == ["untrained", "adam", "rmsprop", "0", "2"]
-    assert len(list((folder / "weights").iterdir())) == 4
+    assert len({row["areas"] for row in rows}) == 5 and len(list((folder / "weights").iterdir())) == 4
+
+
+def test_a_meta_run_does_not_depend_on_those_before_it():
+    """So that a resumed program learns the same."""
+    config = ablations.Config(num_units=(2,), meta_steps=2, task="catch")
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("units",))
+    meta_run = ablations.make_meta_run(config, ablations.settings(config)["base"], mesh)
+    key = ablations.seed_keys(config, 0)[0]
+    first, other, again = meta_run(key, list), meta_run(ablations.seed_keys(config, 1)[0], list), meta_run(key, list)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert all((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other)))
 
 
 @pytest.mark.parametrize(

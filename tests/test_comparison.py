@@ -64,7 +64,9 @@ def test_a_stopped_comparison_goes_on_and_runs_nothing_twice(tmp_path):
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["optimizer"] for row in rows] == ["rmsprop", "linear_optim"]
     curves = read_csv(folder / "curves.csv")
-    assert {(row["optimizer"], row["run"]) for row in curves} == {(o, r) for o in ("rmsprop", "linear_optim") for r in "01"}
+    assert {(row["optimizer"], row["run"]) for row in curves} == {
+        (o, r) for o in ("rmsprop", "linear_optim") for r in "01"
+    }
     assert (folder / "figure3.png").read_bytes()[:4] == b"\x89PNG"
     like = compare.LEARNED["linear_optim"].init(jax.random.key(0))
     _, metadata = optim4rl.load(folder / "weights" / "catch-linear_optim.npz", "linear_optim", like)
