@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -31,13 +30,11 @@ from tqdm import tqdm
 import a2c
 import cli
 import compare
+import figures
 import gridworld
 import optim4rl
 import pipeline
 import suite
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 REFERENCES = ("untrained", "adam", "rmsprop")  # optimizers without meta-training; untrained is Optim4RL's sign descent
 META_LOSSES = ("whole", "policy")
@@ -252,44 +249,17 @@ def write_csv(path, table):
 
 def text(table):
     """The table as text."""
+    cell = lambda row, name: f"{row[name]:6.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]"
     lines = [
         f"{'ablation':34} {'value':14} {'meta-steps':>10} {'alpha':>7}   {'return, whole run':22} return, last fifth"
     ]
     for before, row in zip([None, *table], table):
         if before and before["ablation"] != row["ablation"]:
             lines.append("")
-        cell = lambda name: f"{row[name]:6.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]"
         value = f"{row['value']}{' (base)' * row['base']}"
-        cells = f"{row['meta_steps']:10} {row['alpha']:7.0e}   {cell('area'):22} {cell('final')}"
+        cells = f"{row['meta_steps']:10} {row['alpha']:7.0e}   {cell(row, 'area'):22} {cell(row, 'final')}"
         lines.append(f"{row['ablation']:34} {value:14} {cells}")
     return "\n".join(lines)
-
-
-def draw(path, table, task):
-    """One row for each setting: interquartile mean and interval over seeds; the references as lines and bands."""
-    settings_rows = [row for row in table if row["ablation"] != "reference"]
-    figure, axis = plt.subplots(figsize=(8, 1.5 + 0.28 * len(settings_rows)), layout="constrained")
-    for row in table[: len(REFERENCES)]:
-        color = compare.COLORS[row["value"]]
-        axis.axvline(row["area"], color=color, label=row["value"])
-        axis.axvspan(row["area_low"], row["area_high"], color=color, alpha=0.15, linewidth=0)
-    ticks, labels, y = [], [], 0.0
-    for before, row in zip([None, *settings_rows], settings_rows):
-        new = before is None or before["ablation"] != row["ablation"]
-        y += 1.6 * new + (not new)
-        errors = [[row["area"] - row["area_low"]], [row["area_high"] - row["area"]]]
-        axis.errorbar(row["area"], y, xerr=errors, fmt="D" if row["base"] else "o", color="tab:red", capsize=2)
-        ticks.append(y)
-        labels.append(f"{row['ablation'] + ':  ' if new else ''}{row['value']}")
-    axis.set_yticks(ticks, labels)
-    axis.invert_yaxis()
-    axis.set(
-        xlabel=f"episode return on {task}, mean of an agent's whole life",
-        title="One change at a time; diamonds: the base",
-    )
-    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def check(config):
@@ -334,9 +304,8 @@ def main(argv=None):
 
         table = list(rows(config, run_all(config, folder, mesh, stop)))
     write_csv(folder / "results.csv", table)
-    draw(folder / "ablations.png", table, config.task)
     print(f"\n{text(table)}\n\nInterquartile mean [95% bootstrap interval] over {config.num_seeds} seeds.")
-    print(f"Picture: {folder}/ablations.png")
+    print(f"Picture: {figures.ablations(None, [folder], folder)}")
 
 
 if __name__ == "__main__":

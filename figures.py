@@ -4,6 +4,7 @@
     python figures.py figure5                               # the same in supervised learning, beside figure 1: seconds
     python figures.py figure2                               # pipeline training's resets, and the update rule
     python figures.py figure3 --results DIR,DIR             # learning curves from folders of comparison.py or evaluate.py; figure4 too
+    python figures.py ablations                             # from ablations.py's folder
 
 Figures 1 and 5 keep small histograms in --results, and draw what is there already; any other data need another folder.
 """
@@ -238,6 +239,45 @@ def figure4(config, folders, out):
     return learning_curves("figure4", folders, out)
 
 
+def ablations(config, folders, out):
+    """Returns of each setting of meta-training, changed one at a time; optimizers without meta-training as lines.
+
+    python ablations.py --out results/ablations
+    python figures.py ablations
+    """
+    rows = read_ablations(pathlib.Path(folders[0]) / "results.csv")
+    lines, points = rows[:3], rows[3:]
+    figure, axis = plt.subplots(figsize=(8.5, 1.4 + 0.27 * len(points)), layout="constrained")
+    for row in lines:
+        color = compare.COLORS[row["value"]]
+        axis.axvline(row["area"], color=color, label=row["value"])
+        axis.axvspan(row["area_low"], row["area_high"], color=color, alpha=0.15, linewidth=0)
+    first = [row["ablation"] != before["ablation"] for before, row in zip(rows[2:], points)]
+    heights = np.arange(len(points)) + 0.7 * np.cumsum(first)  # a gap before each ablation
+    for row, height in zip(points, heights):
+        errors = [[row["area"] - row["area_low"]], [row["area_high"] - row["area"]]]
+        axis.errorbar(
+            row["area"], height, xerr=errors, fmt="D" if row["base"] == "1" else "o", color="black", capsize=2
+        )
+    axis.set_yticks(heights, [f"{row['ablation']}:  " * new + row["value"] for new, row in zip(first, points)])
+    axis.invert_yaxis()
+    axis.set(xlabel=f"episode return, mean over an agent's life ({rows[0]['seeds']} seeds)", title="diamond: the base")
+    figure.legend(frameon=False, loc="outside right upper")
+    return save(figure, out / "ablations.png")
+
+
+def read_ablations(path):
+    """The rows of ablations.py's results.csv: dicts of text, the measured columns as numbers."""
+    measured = ("area", "area_low", "area_high")
+    try:
+        with open(path, newline="") as file:
+            return [row | {name: float(row[name]) for name in measured} for row in csv.DictReader(file)]
+    except OSError:
+        raise cli.UsageError(f"no file {path}; python ablations.py --out {path.parent} makes it") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise cli.UsageError(f"{path} is not a results.csv of ablations.py ({error!r})") from None
+
+
 def save(figure, path):
     """Writes the picture and returns its path."""
     try:
@@ -249,7 +289,7 @@ def save(figure, path):
     return path
 
 
-FIGURES = {function.__name__: function for function in (figure1, figure2, figure3, figure4, figure5)}
+FIGURES = {function.__name__: function for function in (figure1, figure2, figure3, figure4, figure5, ablations)}
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import pytest
 import a2c
 import ablations
 import cli
+import figures
 import gridworld
 from programs import finish, read_csv, start
 
@@ -104,6 +105,10 @@ def test_a_stopped_program_goes_on_and_runs_nothing_twice(tmp_path):
     assert (folder / "ablations.png").read_bytes()[:4] == b"\x89PNG"
     rows = read_csv(folder / "results.csv")
     assert [row["value"] for row in rows] == ["untrained", "adam", "rmsprop", "0", "2"]
+    figures.main(["ablations", "--results", str(folder), "--out", str(tmp_path)])  # drawn again from the file alone
+    assert (tmp_path / "ablations.png").read_bytes() == (folder / "ablations.png").read_bytes()
+    with pytest.raises(cli.UsageError, match="no file .*; python ablations.py --out"):
+        figures.main(["ablations", "--results", str(tmp_path / "nowhere")])
     assert len({row["areas"] for row in rows}) == 5 and len(list((folder / "weights").iterdir())) == 4
 
 
