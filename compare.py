@@ -39,6 +39,9 @@ COLORS = dict(
     zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
 )
 TUNING_SEEDS = 2
+# What a grid of alphas is multiplied by. Before meta-training these two are SGD, whose steps are as small as gradients are
+# (1e-3 to 1e-1 here), where the others' steps are about alpha: with the same alphas no agent of theirs would learn.
+ALPHA_FACTORS = {"linear_optim": 100.0, "l2lgd2": 100.0}
 
 
 class Runs(NamedTuple):

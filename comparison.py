@@ -80,6 +80,7 @@ def meta_run(config, folder, task, optimizer, rate, mesh):
         num_units=config.num_units,
         meta_steps=config.meta_steps,
         reset_interval=config.reset_interval,
+        alpha=(suite.meta_defaults(task)[1] * compare.ALPHA_FACTORS.get(optimizer, 1.0),),
         meta_learning_rate=rate,
         test_tasks=(),
         seed=config.seed,
@@ -103,7 +104,8 @@ def report(config, folder, task, optimizer, candidates, mesh, progress):
     """
     key = jax.random.fold_in(jax.random.key(config.seed + 1), sum(map(ord, task.name)))
     tuning_key, report_key = jax.random.split(key)
-    rates, trials = task.learning_rates, compare.TUNING_SEEDS
+    rates = [alpha * compare.ALPHA_FACTORS.get(optimizer, 1.0) for alpha in task.learning_rates]
+    trials = compare.TUNING_SEEDS
     total = len(candidates) * len(rates) * trials + config.seeds
 
     def train(phase, meta_params, alphas, keys):
