@@ -80,7 +80,8 @@ def make(env, config=Config()):
         env: Env of pure functions of one environment, with obs_shape and num_actions.
         config: Config.
     Returns:
-        Learner. metrics: loss; reward (mean per step); episode_return_sum and episodes, over the episodes that ended.
+        Learner. metrics: loss; reward (mean per step); objective (mean return so far of the running episodes);
+        episode_return_sum and episodes, over the episodes that ended.
     Raises:
         ValueError: a size below one.
     """
@@ -171,7 +172,8 @@ def collect(env, config, params, agent_state, key):
     )
     last_obs = jax.vmap(env.observe)(carry[0])
     rollout = Rollout(jnp.concatenate([obs, last_obs[None]]), actions, rewards, dones)
-    metrics = {"reward": rewards.mean(), "episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}
+    metrics = {"reward": rewards.mean(), "objective": returns.mean()}
+    metrics |= {"episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}
     return agent_state._replace(env_state=carry[0], episode_return=carry[1]), rollout, metrics
 
 

@@ -16,6 +16,7 @@ import scipy.stats
 from jax.sharding import PartitionSpec
 
 import baselines
+import gated_adam
 import optim4rl
 import suite
 
@@ -25,8 +26,10 @@ LEARNED = {
     "linear_optim": baselines.LINEAR_OPTIM,
     "l2lgd2": baselines.L2LGD2,
     "star": baselines.STAR,
+    "gated_adam": gated_adam.GATED_ADAM,
 }
-# name -> (meta_params, alpha) -> optax.GradientTransformation; "untrained" is Optim4RL before meta-training: sign descent
+# name -> (meta_params, alpha) -> optax.GradientTransformation; "untrained" is Optim4RL before meta-training: sign descent;
+# untrained_NAME is what another learned optimizer is then
 OPTIMIZERS = {
     "optim4rl": optim4rl.optim4rl,
     "untrained": optim4rl.optim4rl,
@@ -35,9 +38,12 @@ OPTIMIZERS = {
 }
 DEFAULT_OPTIMIZERS = tuple(OPTIMIZERS)
 OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
+UNTRAINED = {name: "untrained" if name == "optim4rl" else f"untrained_{name}" for name in LEARNED}
+OPTIMIZERS |= {UNTRAINED[name]: learned.make for name, learned in LEARNED.items()}
 COLORS = dict(
-    zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown"))
+    zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold"))
 )
+BASELINES = ("adam", "rmsprop")  # designed by hand
 TUNING_SEEDS = 2
 # What a grid of alphas is multiplied by. Before meta-training these two are SGD, whose steps are as small as gradients are
 # (1e-3 to 1e-1 here), where the others' steps are about alpha: with the same alphas no agent of theirs would learn.
@@ -202,6 +208,35 @@ def interval(values):
     return mean, low, high
 
 
+def scores(areas, baselines=BASELINES, resamples=2000):
+    """Each optimizer's area under the return curve, in units of the better baseline's, over tasks and seeds.
+
+    Args:
+        areas: {(task, optimizer): [R]}, one number a run; every task has both baselines, or it does not count.
+        baselines: names of optimizers; the better one of a task is that of the higher interquartile mean.
+        resamples: of the runs of each task and optimizer, the baseline's too.
+    Returns:
+        {optimizer: (interquartile mean over all tasks and runs, low, high)}, a 95% bootstrap interval.
+    """
+    iqm = lambda x, axis=None: scipy.stats.trim_mean(x, 0.25, axis=axis)
+    tasks = [task for task in dict.fromkeys(task for task, _ in areas) if all((task, b) in areas for b in baselines)]
+    better = {task: max(baselines, key=lambda name: iqm(areas[task, name])) for task in tasks}
+    random, result = np.random.default_rng(0), {}
+    for optimizer in dict.fromkeys(name for _, name in areas):
+        ratios = []  # of each task: [1 + resamples, R], the runs themselves first
+        for task in (task for task in tasks if (task, optimizer) in areas):
+            draws = []
+            for name in (optimizer, better[task]):
+                values = np.asarray(areas[task, name], float)
+                chosen = random.integers(values.size, size=(resamples, values.size))
+                draws.append(np.concatenate([values[None], values[chosen]]))
+            ratios.append(draws[0] / iqm(draws[1], axis=1)[:, None])
+        if ratios:
+            mean, *resampled = iqm(np.concatenate(ratios, axis=1), axis=1)
+            result[optimizer] = (float(mean), *map(float, np.percentile(resampled, (2.5, 97.5))))
+    return result
+
+
 def summarize(task, optimizer, alpha, runs):
     """One row of the table as a dict."""
     row = {
@@ -222,10 +257,10 @@ def table(rows):
     columns = {"final": "return, last fifth", "area": "return, whole run", "deterministic": "return without noise"}
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
     titles = " ".join(f"{title:30}" for title in columns.values())
-    lines = [f"{'task':25} {'optimizer':10} {'alpha':>7}   {titles}".rstrip()]
+    lines = [f"{'task':25} {'optimizer':22} {'alpha':>7}   {titles}".rstrip()]
     for before, row in zip([None, *rows], rows):
         if before and before["task"] != row["task"]:
             lines.append("")
         cells = " ".join(f"{cell(row, name) if name in row else '':30}" for name in columns)
-        lines.append(f"{row['task']:25} {row['optimizer']:10} {row['alpha']:7.0e}   {cells}".rstrip())
+        lines.append(f"{row['task']:25} {row['optimizer']:22} {row['alpha']:7.0e}   {cells}".rstrip())
     return "\n".join(lines)

@@ -50,6 +50,9 @@ class Config:
     learning_rate: tuple[float, ...] = field(
         default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"}
     )
+    fixed: tuple[str, ...] = field(
+        default=(), metadata={"help": "NAME=ALPHA,NAME=ALPHA: optimizers that keep one learning rate on all tasks"}
+    )
     seeds: int = field(default=3, metadata={"help": "reported runs of each optimizer"})
     steps: float | None = field(
         default=None, metadata={"help": "environment steps of a run; none: the task's own budget"}
@@ -113,11 +116,27 @@ def load_weights(config):
     return meta_params
 
 
+def fixed_rates(config):
+    """{optimizer: (alpha,)} of those that are not tuned. Raises UsageError for what is no NAME=ALPHA."""
+    rates = {}
+    for text in config.fixed:
+        name, _, alpha = text.partition("=")
+        try:
+            rates[name] = (float(alpha),)
+        except ValueError:
+            rates[name] = (0.0,)
+        if name not in config.optimizers or not 0 < rates[name][0] <= 1e12:
+            raise cli.UsageError(f"--fixed has {text!r}; give NAME=ALPHA, NAME one of {', '.join(config.optimizers)}")
+    return rates
+
+
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
+    fixed_rates(config)
     try:
         tasks = [suite.make(name, config.num_envs, config.ppo) for name in config.tasks]
-        meta_params = {"untrained": optim4rl.init_meta_params(jax.random.key(config.seed))}
+        init_key = jax.random.key(config.seed)
+        meta_params = {compare.UNTRAINED[name]: learned.init(init_key) for name, learned in compare.LEARNED.items()}
         meta_params |= load_weights(config)
     except FileNotFoundError as error:
         raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None
@@ -158,6 +177,7 @@ def report(config, folder, task, optimizer, meta_params, mesh, stop):
     # Keys depend on seed and task alone: every optimizer sees the same ones. 0 and 1 are tuning's and the report's.
     key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))
     play_key, rates = jax.random.fold_in(key, 2), config.learning_rate or task.learning_rates
+    rates = fixed_rates(config).get(optimizer, rates)
     store = partial(records.store, folder, task, optimizer, play_key, {"config": asdict(config)})
     bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
     with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format=bar_format) as bar:
@@ -192,7 +212,7 @@ def write_curves(writer, row, runs):
 
 
 def run_all(config, folder, tasks, meta_params, mesh, stop):
-    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows."""
+    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows and compare.scores."""
     rows, curves = [], []
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -205,7 +225,8 @@ def run_all(config, folder, tasks, meta_params, mesh, stop):
             file.flush()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     plot(folder / "curves.png", curves)
-    return rows
+    areas = {(task, optimizer): runs.area() for task, optimizer, runs in curves}
+    return rows, compare.scores(areas)
 
 
 def film(config, folder, tasks):
@@ -225,8 +246,11 @@ def main(argv=None):
     with cli.graceful_stop() as stop:
         folder = open_folder(config, meta_params)
         print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
-        rows = run_all(config, folder, tasks, meta_params, mesh, stop)
+        rows, scores = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
+    if scores:
+        print(f"Area under the return curve / that of the better of {' and '.join(compare.BASELINES)}, all tasks and seeds:")
+        print("\n".join(f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()))
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")

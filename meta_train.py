@@ -54,8 +54,8 @@ class Config:
         72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
     )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
-    estimator: str = _knob("gradient", "of the meta-gradient: gradient, the paper's; pes, unbiased over whole lives")
-    sigma: float = _knob(0.03, "standard deviation of pes's perturbations of the meta-parameters")
+    estimator: str = _knob("gradient", "of the meta-gradient: gradient, the paper's; pes or nres, unbiased over whole lives")
+    sigma: float = _knob(0.03, "standard deviation of the perturbations of the meta-parameters by pes and nres")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
     task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
@@ -272,9 +272,8 @@ def save_weights(folder, config, meta_params, metadata):
 def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
-    meta_params = {config.optimizer: learned_params}
-    if config.optimizer == "optim4rl":  # elsewhere the untrained rule is SGD or Adam
-        meta_params["untrained"] = LEARNED_OPTIMIZERS[config.optimizer].init(init_key)
+    untrained = compare.UNTRAINED[config.optimizer]
+    meta_params = {config.optimizer: learned_params, untrained: LEARNED_OPTIMIZERS[config.optimizer].init(init_key)}
     pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
     tasks = {name: suite.make(name, config.test_envs, config.ppo) for name in config.test_tasks}
     rates = {name: config.test_learning_rates or task.learning_rates for name, task in tasks.items()}
@@ -296,8 +295,7 @@ def test(config, mesh, folder, learned_params):
     )
     print(f"Every optimizer is tuned over alpha = {'; '.join(sorted(set(map(str, rates.values()))))}.")
     print(f"Never seen in meta-training: {unseen}.")
-    untrained = "; untrained is Optim4RL before meta-training, sign descent" * ("untrained" in meta_params)
-    print(f"Interquartile mean [95% bootstrap interval]{untrained}.\n")
+    print(f"Interquartile mean [95% bootstrap interval]; {untrained} is {config.optimizer} before meta-training.\n")
     print(compare.table(rows))
 
 

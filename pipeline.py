@@ -8,7 +8,7 @@ agent-gradients that the optimizer learns from are close to IID.
 |---|---|---|
 | theta | meta_params, the learned optimizer's parameters | pytree |
 | n, m, M | num_units, reset_interval (in meta-steps), inner_updates | |
-| units | Unit, with a leading axis: an AgentState of a learner, or a Pair of them (pes) | [U, ...] |
+| units | Unit, with a leading axis: an AgentState of a learner, or a Pair of them (pes, nres) | [U, ...] |
 | meta-loss | the agent's loss on a fresh rollout after M updates | [U] |
 | meta_grads | estimate of d meta-loss / d theta, a mean over units, then over tasks | like theta |
 
@@ -56,7 +56,7 @@ class Config:
     reset_interval: int = 288  # m; 0: no resets, which is training without the pipeline
     inner_updates: int = 4  # M
     estimator: str = "gradient"  # of the meta-gradient, a name in ESTIMATORS; the paper's is "gradient"
-    sigma: float = 0.03  # standard deviation of the perturbations of "pes"
+    sigma: float = 0.03  # standard deviation of the perturbations of "pes" and "nres"
     units_at_once: int | None = None  # per device; None: one on a CPU, whose cache then suffices, all on an accelerator
 
 
@@ -190,45 +190,55 @@ def gradient(learner, make_optimizer, config):
 
 
 class Pair(NamedTuple):
-    agents: Any  # AgentState, each leaf [2, ...]: one lived with theta + epsilon, one with theta - epsilon
-    perturbation: Any  # like theta: the sum of the first agent's epsilons since the unit's reset
+    agents: Any  # AgentState, each leaf [2, ...]: one lives with theta + epsilon, one with theta - epsilon
+    perturbation: Any  # like theta: the sum of the first agent's epsilons since the unit's reset; nres: its only epsilon
 
 
-def pes(learner, make_optimizer, config):
-    """Persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021): an Estimator without the truncation's bias.
+def evolution(reuse_noise, learner, make_optimizer, config):
+    """Evolution strategies over whole lives in short windows: Estimators without the truncation's bias, forward passes only.
 
-    Two agents of equal randomness differ only in the optimizer: theta + epsilon and theta - epsilon, epsilon ~ N(0, sigma^2)
-    anew in each meta-step. The difference of their losses is due to all epsilons of their life, not only to the last one:
+    Two agents of equal randomness differ only in the optimizer: theta + epsilon and theta - epsilon, epsilon ~ N(0, sigma^2).
+    pes, persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021), draws epsilon anew in each meta-step. The
+    difference of their losses is due to all epsilons of their life, not only to the last one:
 
         meta_grads = (epsilon_1 + ... + epsilon_t) (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
 
-    is, in the mean over lives, the gradient of the mean loss over a whole life, for a Gaussian-smoothed theta. The loss is
-    what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, or else minus
-    the mean reward, which is blind to falling where each step that an agent survives pays the same. Forward passes only.
+    is, in the mean over lives, the gradient of the mean loss over a whole life, for a Gaussian-smoothed theta. nres, noise-reuse
+    evolution strategies (Li, Harrison, Sohl-Dickstein et al. 2023), draws epsilon once in a life and puts it in the place of
+    the sum: the same in the mean, and up to as many times less noisy as a life has meta-steps.
+
+    The loss is what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, or else
+    minus the mean reward, which is blind to falling where each step that an agent survives pays the same.
     """
+
+    def draw(key, meta_params):
+        return jax.tree.map(lambda e: config.sigma * e, optax.tree.random_like(key, meta_params))
 
     def init(meta_params, key):
         agent = learner.init(key, make_optimizer(meta_params))
-        return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), jax.tree.map(jnp.zeros_like, meta_params))
+        # The agent's key, folded: an epsilon independent of the agent.
+        epsilon = draw(jax.random.fold_in(key, 1), meta_params)
+        perturbation = epsilon if reuse_noise else jax.tree.map(jnp.zeros_like, epsilon)
+        return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), perturbation)
 
     def step(meta_params, pair, key):
         epsilon_key, unroll_key = jax.random.split(key)
-        epsilon = optax.tree.random_like(epsilon_key, meta_params)
-        perturbation = jax.tree.map(lambda total, e: total + config.sigma * e, pair.perturbation, epsilon)
+        epsilon = pair.perturbation if reuse_noise else draw(epsilon_key, meta_params)
+        total = epsilon if reuse_noise else jax.tree.map(jnp.add, pair.perturbation, epsilon)
 
         def live(sign, agent):
-            optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * config.sigma * e, meta_params, epsilon))
+            optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * e, meta_params, epsilon))
             return unroll(learner, optimizer, config.inner_updates, agent, unroll_key)
 
         agents, metrics = jax.lax.map(lambda x: live(*x), (jnp.array([1.0, -1.0]), pair.agents))
         losses = -metrics.get("objective", metrics["reward"]).mean(1)  # (2,)
-        meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * config.sigma**2), perturbation)
-        return meta_grads, Pair(agents, perturbation), jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
+        meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * config.sigma**2), total)
+        return meta_grads, Pair(agents, total), jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
 
     return Estimator(init, step)
 
 
-ESTIMATORS = {"gradient": gradient, "pes": pes}
+ESTIMATORS = {"gradient": gradient, "pes": partial(evolution, False), "nres": partial(evolution, True)}
 
 
 def make_task(learner, make_optimizer, config=Config(), mesh=None):

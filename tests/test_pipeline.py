@@ -191,18 +191,22 @@ def test_devices_and_batches_of_units_change_only_the_rounding(estimator):
         assert_close(learn(num_devices, units_at_once), one_device)
 
 
-def test_evolution_strategies_are_those_of_a_numpy_loop():
-    """Three meta-steps of one pair: perturbations add up, both agents see the same noise, and only the optimizers differ."""
+@pytest.mark.parametrize("name", ["pes", "nres"])
+def test_evolution_strategies_are_those_of_a_numpy_loop(name):
+    """Three meta-steps of one pair: both agents see the same noise, and only the optimizers differ, by an epsilon that pes
+    draws anew in each, and that nres keeps."""
     sigma, random = 0.1, jax.random.key(3)
-    estimator = pipeline.pes(noisy_learner(), make_optimizer, pipeline.Config(inner_updates=3, sigma=sigma))
+    config = pipeline.Config(inner_updates=3, sigma=sigma)
+    estimator = pipeline.ESTIMATORS[name](noisy_learner(), make_optimizer, config)
     pair = estimator.init(THETA, random)
-    total = {"log_rate": 0.0, "decay": 0.0}
+    draw = lambda key: jax.tree.map(lambda e: sigma * float(e), optax.tree.random_like(key, THETA))
+    only_epsilon, total = draw(jax.random.fold_in(random, 1)), {"log_rate": 0.0, "decay": 0.0}
     params, momentum = np.array(pair.agents.params), np.zeros((2, 3))
     for key in jax.random.split(random, 3):
         meta_grads, pair, metrics = estimator.step(THETA, pair, key)
         epsilon_key, unroll_key = jax.random.split(key)
-        epsilon = jax.tree.map(lambda e: sigma * float(e), optax.tree.random_like(epsilon_key, THETA))
-        total = {name: total[name] + epsilon[name] for name in total}
+        epsilon = draw(epsilon_key) if name == "pes" else only_epsilon
+        total = {name: total[name] + epsilon[name] for name in total} if name == "pes" else only_epsilon
         losses = np.zeros(2)
         for noise in (np.array(jax.random.normal(k, (3,))) for k in jax.random.split(unroll_key, 3)):
             for i, sign in enumerate((1, -1)):
@@ -236,8 +240,10 @@ def test_evolution_strategies_see_the_whole_life_where_the_gradient_sees_its_las
             means.append(meta_grads)
         grads[estimator] = np.array(means[5:])  # by then every unit began at its own time; all ages in 5 meta-steps
     np.testing.assert_allclose(grads["gradient"].mean(), 3.0, rtol=1e-3)
-    error = grads["pes"].std() / np.sqrt(25)
-    assert abs(grads["pes"].mean() - 11.0) < 4 * error and error < 0.5
+    # A life's estimates belong together: means of whole lives are independent.
+    errors = {name: x.reshape(5, 5).mean(1).std() / np.sqrt(5) for name, x in grads.items()}
+    for name in ("pes", "nres"):
+        assert abs(grads[name].mean() - 11.0) < 4 * errors[name] and errors[name] < 0.5
 
 
 @pytest.mark.parametrize("break_params", [True, False])

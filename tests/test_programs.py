@@ -140,6 +140,9 @@ def test_impossible_meta_training_is_refused(changes, message):
         (dict(tasks=("catch",), num_envs=0), "num_envs is 0"),
         (dict(learning_rate=(0.0,)), "--learning-rate is 0.0"),
         (dict(ppo="large"), "known: small, paper"),
+        (dict(fixed=("adam",)), "--fixed has 'adam'; give NAME=ALPHA"),
+        (dict(fixed=("adam=-1",)), "--fixed has 'adam=-1'"),
+        (dict(fixed=("adma=0.1",)), "NAME one of adam"),
         (dict(tasks=("catch",), render=True), "--render films robots"),
     ],
 )
@@ -177,7 +180,8 @@ def test_each_learned_optimizer_takes_its_own_weights_by_name(tmp_path):
     for i, (name, learned) in enumerate(compare.LEARNED.items()):
         optim4rl.save(files[name], learned.init(jax.random.key(i)), kind=name)
     weights = ",".join(f"{name}={file}" for name, file in files.items())
-    config = evaluate.Config(tasks=("catch",), optimizers=(*files, "untrained"), weights=weights)
+    config = evaluate.Config(tasks=("catch",), optimizers=(*files, "untrained"), weights=weights, fixed=("star=0.5",))
+    assert evaluate.fixed_rates(config) == {"star": (0.5,)}
     _, meta_params = evaluate.check(config)
     for i, (name, learned) in enumerate(compare.LEARNED.items()):
         jax.tree.map(np.testing.assert_array_equal, meta_params[name], learned.init(jax.random.key(i)))
@@ -205,6 +209,20 @@ def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     few, many = compare.interval(values[:10]), compare.interval(values)
     assert few[1] <= few[0] <= few[2] and many[2] - many[1] < few[2] - few[1]
     assert compare.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
+
+
+def test_scores_are_areas_in_units_of_the_better_baseline():
+    areas = {("a", "adam"): [2.0, 2.0], ("a", "rmsprop"): [1.0, 1.0], ("a", "mine"): [4.0, 4.0]}
+    areas |= {("b", "adam"): [3.0, 3.0], ("b", "rmsprop"): [5.0, 5.0], ("b", "mine"): [10.0, 10.0]}
+    areas |= {("c", "adam"): [1.0, 1.0], ("c", "mine"): [9.0, 9.0]}  # without RMSProp: does not count
+    scores = compare.scores({name: np.array(values) for name, values in areas.items()})
+    np.testing.assert_allclose(scores["mine"], (2.0, 2.0, 2.0), rtol=1e-12)
+    np.testing.assert_allclose(scores["adam"][0], (1 + 1 + 3 / 5 + 3 / 5) / 4, rtol=1e-12)
+    random = np.random.default_rng(1)
+    noisy = {("a", name): random.normal(mean, 0.1, 20) for name, mean in (("adam", 1), ("rmsprop", 1), ("mine", 1.1))}
+    mean, low, high = compare.scores(noisy)["mine"]
+    assert low < mean < high and 0.02 < high - low < 0.3
+    assert compare.scores({("a", "adam"): np.ones(2)}) == {}
 
 
 def test_points_without_an_ended_episode_take_the_value_before():

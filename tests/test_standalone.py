@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CONCEPTS = ("gridworld", "brax_env", "a2c", "ppo", "optim4rl", "baselines", "velo", "pipeline")
+CONCEPTS = ("gridworld", "brax_env", "a2c", "ppo", "optim4rl", "gated_adam", "baselines", "velo", "pipeline")
 FILES = sorted(path.name for path in ROOT.glob("*.py"))
 
 
