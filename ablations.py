@@ -131,7 +131,7 @@ def make_meta_run(config, setting, mesh):
     """(key, stop) -> meta_params, learned by pipeline training; all seeds share its compiled programs."""
     learned, (meta_steps, reset_interval) = compare.LEARNED[setting.optimizer], budget(config, setting)
     units = pipeline.Config(setting.num_units, reset_interval, setting.inner_updates)
-    alpha = config.alpha * compare.ALPHA_FACTORS.get(setting.optimizer, 1.0)
+    alpha = config.alpha * compare.alpha_factor(setting.optimizer)
     make_optimizer = lambda meta_params: suite.clipped(config.task, learned.make(meta_params, alpha))
     tasks = [pipeline.make_task(make_learner(config, setting), make_optimizer, units, mesh)]
     meta_optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.meta_learning_rate))
@@ -168,7 +168,7 @@ def meta_params_of_seeds(config, folder, name, setting, mesh, stop):
 def test(config, optimizer, params_of_seeds, mesh, stop):
     """Tunes alpha on agents of the first seeds' meta-runs, then trains fresh agents of all: a dict of what is kept."""
     task = suite.make(config.task, config.test_envs)
-    rates = [rate * compare.ALPHA_FACTORS.get(optimizer, 1.0) for rate in task.learning_rates]
+    rates = [rate * compare.alpha_factor(optimizer) for rate in task.learning_rates]
 
     def train(meta_params, alphas, keys):
         return compare.train(task, optimizer, meta_params, alphas, keys, mesh, config.test_steps, lambda part: stop())

@@ -80,7 +80,7 @@ def meta_run(config, folder, task, optimizer, rate, mesh):
         num_units=config.num_units,
         meta_steps=config.meta_steps,
         reset_interval=config.reset_interval,
-        alpha=(suite.meta_defaults(task)[1] * compare.ALPHA_FACTORS.get(optimizer, 1.0),),
+        alpha=(suite.meta_defaults(task)[1] * compare.alpha_factor(optimizer),),
         meta_learning_rate=rate,
         test_tasks=(),
         seed=config.seed,
@@ -104,7 +104,7 @@ def report(config, folder, task, optimizer, candidates, mesh, progress):
     """
     key = jax.random.fold_in(jax.random.key(config.seed + 1), sum(map(ord, task.name)))
     tuning_key, report_key = jax.random.split(key)
-    rates = [alpha * compare.ALPHA_FACTORS.get(optimizer, 1.0) for alpha in task.learning_rates]
+    rates = [alpha * compare.alpha_factor(optimizer) for alpha in task.learning_rates]
     trials = compare.TUNING_SEEDS
     total = len(candidates) * len(rates) * trials + config.seeds
 
@@ -128,7 +128,9 @@ def make_candidates(config, folder, task, optimizer, mesh):
     """{meta learning rate: meta_params} of an optimizer, meta-trained on the task if it can be."""
     if optimizer in compare.LEARNED:
         return {rate: meta_run(config, folder, task, optimizer, rate, mesh) for rate in config.meta_learning_rates}
-    return {0: optim4rl.init_meta_params(jax.random.key(config.seed)) if optimizer == "untrained" else None}
+    init_key = jax.random.key(config.seed)
+    untrained = {compare.UNTRAINED[name]: learned.init(init_key) for name, learned in compare.LEARNED.items()}
+    return {0: untrained.get(optimizer)}
 
 
 def end_if(signals):
