@@ -209,14 +209,15 @@ def learning_curves(name, folders, out):
     tasks = list(dict.fromkeys(task for task, _ in curves))
     if not tasks:
         raise cli.UsageError(f"no runs in {', '.join(folders)}")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
     for (task, optimizer), (steps, returns) in curves.items():
         axis, color = axes[0, tasks.index(task)], compare.COLORS.get(optimizer, "black")
         mean, low, high = np.transpose([compare.interval(values) for values in returns.T])
         axis.plot(steps, mean, label=optimizer, color=color)
         axis.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
         axis.set(title=f"{task} ({len(returns)} seeds)", xlabel="environment steps", ylabel="episode return")
-    axes[0, 0].legend(frameon=False)
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     return save(figure, out / f"{name}.png")
 
 
@@ -261,7 +262,10 @@ def ablations(config, folders, out):
         )
     axis.set_yticks(heights, [f"{row['ablation']}:  " * new + row["value"] for new, row in zip(first, points)])
     axis.invert_yaxis()
-    axis.set(xlabel=f"episode return, mean over an agent's life ({rows[0]['seeds']} seeds)", title="diamond: the base")
+    axis.set(
+        xlabel=f"episode return, mean over an agent's life ({rows[0]['seeds']} seeds)",
+        title="one change at a time; diamond: the base",
+    )
     figure.legend(frameon=False, loc="outside right upper")
     return save(figure, out / "ablations.png")
 
