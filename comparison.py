@@ -119,7 +119,7 @@ def report(config, folder, task, optimizer, candidates, mesh, progress):
         scores |= {(meta_rate, alpha): area for alpha, area in zip(rates, areas.reshape(-1, trials).mean(1).tolist())}
     meta_rate, alpha = max(scores, key=scores.get)
     report_keys = jax.random.split(report_key, config.seeds)
-    runs = train("report", candidates[meta_rate], np.full(config.seeds, alpha), report_keys)
+    runs = train(f"report-{meta_rate:g}", candidates[meta_rate], np.full(config.seeds, alpha), report_keys)
     row = compare.summarize(task, optimizer, alpha, runs) | {"meta_learning_rate": meta_rate}
     return row | {"tuning": [[*pair, area] for pair, area in scores.items()]}, runs, candidates[meta_rate]
 
