@@ -47,6 +47,13 @@ BASELINES = ("adam", "rmsprop")  # designed by hand
 TUNING_SEEDS = 2
 
 
+def alpha_factor(optimizer):
+    """What a grid of alphas is multiplied by for an optimizer of that name."""
+    # Before meta-training these two are SGD, whose steps are as small as gradients are (1e-3 to 1e-1 here), where the
+    # others' steps are about alpha: with the same alphas no agent of theirs would learn.
+    return 100.0 if optimizer.endswith(("linear_optim", "l2lgd2")) else 1.0
+
+
 class Runs(NamedTuple):
     """Learning curves of R runs in K points; a point is the mean over the updates since the one before."""
 

@@ -1,9 +1,10 @@
 """Program: the paper's figures, from our own runs. Each figure's docstring names the commands that make its inputs.
 
-    python figures.py figure1                               # A2C's gradients over its life: 2 minutes on a CPU core
+    python figures.py figure1                               # A2C's gradients over its life: a minute on a CPU core
     python figures.py figure5                               # the same in supervised learning, beside figure 1: seconds
     python figures.py figure2                               # pipeline training's resets, and the update rule
-    python figures.py figure3 --results DIR,DIR             # learning curves from evaluate.py's folders; figure4 too
+    python figures.py figure3 --results DIR,DIR             # learning curves from folders of comparison.py or evaluate.py; figure4 too
+    python figures.py ablations                             # from ablations.py's folder
 
 Figures 1 and 5 keep small histograms in --results, and draw what is there already; any other data need another folder.
 """
@@ -43,7 +44,7 @@ class Config:
     )
     out: str | None = _knob(None, "folder of the picture; none: the first of --results")
     updates: int = _knob(300, "figures 1 and 5: updates in the agent's or network's life")
-    num_envs: int = _knob(512, "figure 1: environments of the agent")
+    num_envs: int = _knob(64, "figure 1: environments of the agent")
     batch_size: int = _knob(128, "figure 5: images in a batch")
     learning_rate: float = _knob(1e-3, "figures 1 and 5: alpha of RMSProp")
     mnist: str | None = _knob(
@@ -51,10 +52,14 @@ class Config:
     )
     num_units: int = _knob(8, "figure 2: units n")
     reset_interval: int = _knob(24, "figure 2: reset interval m")
+    seeds: int = _knob(5, "figures 1 and 5: lives, each with a seed of its own")
     seed: int = _knob(0, "seed of everything")
 
 
-PRESETS = {"quick": {}, "paper": dict(updates=2930, num_units=512, reset_interval=288)}  # 2930 updates: 3e7 steps
+PRESETS = {
+    "quick": {},
+    "paper": dict(updates=2930, num_envs=512, num_units=512, reset_interval=288),  # 2930 updates: 3e7 steps
+}
 
 
 def figure1(config, folder, out):
@@ -80,7 +85,7 @@ def figure5(config, folder, out):
 
 
 def make_histograms(config, folder, figure, make_step):
-    """Collects a figure's data, unless the folder holds them: histograms.npz with counts [3, B], edges [B + 1]."""
+    """Collects a figure's data, unless the folder holds them: histograms.npz with counts [S, 3, B], edges [B + 1]."""
     if (folder / "histograms.npz").exists():
         saved = cli.read_config(Config, folder)
         for field in dataclasses.fields(Config)[2:]:
@@ -89,22 +94,29 @@ def make_histograms(config, folder, figure, make_step):
                 flag = "--" + field.name.replace("_", "-")
                 raise cli.UsageError(f"{folder} holds data of {flag} {before}, not {value}; choose another --results")
         return
-    cli.check_positive(config, ("updates", "num_envs", "batch_size", "learning_rate"))
-    step, state, key = make_step(config)  # before the folder is made: bad input leaves nothing behind
+    cli.check_positive(config, ("updates", "num_envs", "batch_size", "learning_rate", "seeds"))
+    step, *_ = make_step(config)  # before the folder is made: bad input leaves nothing behind
     cli.new_folder(folder, figure, dataclasses.replace(config, results=None, out=None))
-    length = max(1, config.updates // 30)  # updates of a phase: enough to see its whole distribution
-    starts = np.linspace(0, config.updates - length, len(PHASES)).astype(int)
+    lives = [dataclasses.replace(config, seed=config.seed + i) for i in range(config.seeds)]
+    counts = [phase_histograms(step, *make_step(life)[1:], config.updates, figure) for life in lives]
+    np.savez_compressed(folder / "histograms.npz", counts=np.stack(counts), edges=gradients.EDGES)
+
+
+def phase_histograms(step, state, key, updates, figure):
+    """Sums of the histograms in each phase of one life: [3, B]."""
+    length = max(1, updates // 30)  # updates of a phase: enough to see its whole distribution
+    starts = np.linspace(0, updates - length, len(PHASES)).astype(int)
     counts = np.zeros((len(PHASES), len(gradients.EDGES) - 1), int)
-    for t, step_key in enumerate(tqdm(jax.random.split(key, config.updates), desc=figure, unit="update")):
+    for t, step_key in enumerate(tqdm(jax.random.split(key, updates), desc=figure, unit="update")):
         state, histogram = step(state, step_key)
         inside = (starts <= t) & (t < starts + length)
         if inside.any():
             counts[inside] += np.asarray(histogram)
-    np.savez_compressed(folder / "histograms.npz", counts=counts, edges=gradients.EDGES)
+    return counts
 
 
 def read_histograms(folder):
-    """(counts [3, B], edges [B + 1])."""
+    """(counts [S, 3, B], edges [B + 1])."""
     try:
         with np.load(folder / "histograms.npz", allow_pickle=False) as file:
             return file["counts"], file["edges"]
@@ -120,16 +132,18 @@ def drift(counts, edges):
 
 
 def draw_histograms(path, panels):
-    """panels: {title: (counts, edges)}, one panel each on one scale; prints each one's drift."""
+    """panels: {title: (counts, edges)}, one panel each on one scale, of all seeds together; prints each one's drift."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1 + 4.5 * len(panels), 3.6), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, (title, (counts, edges)) in zip(axes[0], panels.items()):
-        for phase, count in zip(PHASES, counts):
+        for phase, count in zip(PHASES, counts.sum(0)):
             axis.stairs(count / count.sum(), edges, label=phase, linewidth=1.5)
-        axis.set(title=f"{title}\ndrift {drift(counts, edges):.2f} decades", xlabel="log10(|g| + 1e-8)")
+        mean, low, high = compare.interval([drift(life, edges) for life in counts])
+        axis.set(title=f"{title}\ndrift {mean:.2f} [{low:.2f}, {high:.2f}] decades", xlabel="log10(|g| + 1e-8)")
         print(
-            f"{title}: drift {drift(counts, edges):.3f} decades (mean Wasserstein distance between {', '.join(PHASES)})"
+            f"{title}: drift {mean:.3f} [{low:.3f}, {high:.3f}] decades (Wasserstein distance between {', '.join(PHASES)}, "
+            f"mean of the pairs; interquartile mean and 95% bootstrap interval over {len(counts)} seeds)"
         )
     axes[0, 0].set(ylabel="share of all scalars", ylim=(0, None))
     axes[0, 0].legend(frameon=False)
@@ -195,24 +209,23 @@ def learning_curves(name, folders, out):
     tasks = list(dict.fromkeys(task for task, _ in curves))
     if not tasks:
         raise cli.UsageError(f"no runs in {', '.join(folders)}")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
     for (task, optimizer), (steps, returns) in curves.items():
         axis, color = axes[0, tasks.index(task)], compare.COLORS.get(optimizer, "black")
         mean, low, high = np.transpose([compare.interval(values) for values in returns.T])
         axis.plot(steps, mean, label=optimizer, color=color)
         axis.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
         axis.set(title=f"{task} ({len(returns)} seeds)", xlabel="environment steps", ylabel="episode return")
-    axes[0, 0].legend(frameon=False)
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
     return save(figure, out / f"{name}.png")
 
 
 def figure3(config, folders, out):
     """Learning curves, each learned optimizer meta-trained on the task it is tested on (paper: Figure 3).
 
-    For each TASK of catch, big_dense_long and each NAME of optim4rl, linear_optim, l2lgd2, star:
-    python meta_train.py --tasks TASK --test-tasks "" --optimizer NAME --out runs/TASK-NAME
-    python evaluate.py --tasks TASK --optimizers NAME,NAME,adam,rmsprop --weights NAME=FILE,NAME=FILE --out runs/TASK
-    python figures.py figure3 --results runs/catch,runs/big_dense_long
+    python comparison.py --out runs/comparison
+    python figures.py figure3 --results runs/comparison
     """
     return learning_curves("figure3", folders, out)
 
@@ -227,6 +240,48 @@ def figure4(config, folders, out):
     return learning_curves("figure4", folders, out)
 
 
+def ablations(config, folders, out):
+    """Returns of each setting of meta-training, changed one at a time; optimizers without meta-training as lines.
+
+    python ablations.py --out results/ablations
+    python figures.py ablations
+    """
+    rows = read_ablations(pathlib.Path(folders[0]) / "results.csv")
+    lines, points = rows[:3], rows[3:]
+    figure, axis = plt.subplots(figsize=(8.5, 1.4 + 0.27 * len(points)), layout="constrained")
+    for row in lines:
+        color = compare.COLORS[row["value"]]
+        axis.axvline(row["area"], color=color, label=row["value"])
+        axis.axvspan(row["area_low"], row["area_high"], color=color, alpha=0.15, linewidth=0)
+    first = [row["ablation"] != before["ablation"] for before, row in zip(rows[2:], points)]
+    heights = np.arange(len(points)) + 0.7 * np.cumsum(first)  # a gap before each ablation
+    for row, height in zip(points, heights):
+        errors = [[row["area"] - row["area_low"]], [row["area_high"] - row["area"]]]
+        axis.errorbar(
+            row["area"], height, xerr=errors, fmt="D" if row["base"] == "1" else "o", color="black", capsize=2
+        )
+    axis.set_yticks(heights, [f"{row['ablation']}:  " * new + row["value"] for new, row in zip(first, points)])
+    axis.invert_yaxis()
+    axis.set(
+        xlabel=f"episode return, mean over an agent's life ({rows[0]['seeds']} seeds)",
+        title="one change at a time; diamond: the base",
+    )
+    figure.legend(frameon=False, loc="outside right upper")
+    return save(figure, out / "ablations.png")
+
+
+def read_ablations(path):
+    """The rows of ablations.py's results.csv: dicts of text, the measured columns as numbers."""
+    measured = ("area", "area_low", "area_high")
+    try:
+        with open(path, newline="") as file:
+            return [row | {name: float(row[name]) for name in measured} for row in csv.DictReader(file)]
+    except OSError:
+        raise cli.UsageError(f"no file {path}; python ablations.py --out {path.parent} makes it") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise cli.UsageError(f"{path} is not a results.csv of ablations.py ({error!r})") from None
+
+
 def save(figure, path):
     """Writes the picture and returns its path."""
     try:
@@ -238,7 +293,7 @@ def save(figure, path):
     return path
 
 
-FIGURES = {function.__name__: function for function in (figure1, figure2, figure3, figure4, figure5)}
+FIGURES = {function.__name__: function for function in (figure1, figure2, figure3, figure4, figure5, ablations)}
 
 
 def main(argv=None):
