@@ -2,6 +2,7 @@
 
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
+    python evaluate.py --preset transfer                                # the paper's four robots, TIME
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
     python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
@@ -72,6 +73,7 @@ class Config:
 
 PRESETS = {
     "quick": {},
+    "transfer": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-4, 1e-3, 3e-3)),
     "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 

@@ -11,6 +11,7 @@ import pytest
 import brax_env
 import cli
 import compare
+import evaluate
 import meta_train
 import optim4rl
 import pipeline
@@ -202,6 +203,18 @@ def test_the_papers_settings_are_those_of_its_appendix():
         hidden = {part: [layer["kernel"].shape[1] for layer in agent.params[part].values()] for part in agent.params}
         assert hidden["policy"][:-1] == [32] * 4 and hidden["value"] == [64] * 5 + [1]
         assert agent.params["value"]["layer_0"]["kernel"].shape[0] == obs_size
+
+
+def test_the_small_transfer_is_the_papers_four_robots_at_small_settings():
+    config = cli.parse(evaluate.Config, evaluate.PRESETS, "", ["--preset", "transfer"])
+    assert set(config.tasks) == {"ant", "humanoid", "inverted_double_pendulum", "walker2d"} and config.ppo == "small"
+    for name in config.tasks:
+        steps, knobs = suite.ppo_knobs(name, "small")
+        settings = ppo.Config(**knobs)
+        steps_per_update = settings.batch_size * settings.num_minibatches * settings.rollout_length
+        assert steps_per_update == 4096 and 1e5 <= steps <= 3e5
+        assert steps / settings.num_envs > 1000  # an episode of full length ends within a run
+        assert suite.meta_defaults(name) == (settings.reward_scale, 1e-3)
 
 
 def test_gradients_are_clipped_in_all_tasks_but_catch():

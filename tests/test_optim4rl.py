@@ -92,7 +92,8 @@ def test_rule_is_the_equations_of_the_paper_in_numpy():
             np.testing.assert_allclose(updates[t, i], 0.01 * delta, **FLOAT64)
 
 
-def test_meta_gradient_is_that_of_finite_differences():
+def test_meta_gradient_is_that_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(optim4rl, "PIECE", 16)  # 30 scalars: two pieces, one of them padded
     with jax.enable_x64(True):
         meta_params, grads = random_meta_params(3, np.float64), random_grads(4, 3, 30)
         target = np.random.default_rng(5).normal(size=30)
