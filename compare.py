@@ -41,7 +41,11 @@ OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
 UNTRAINED = {name: "untrained" if name == "optim4rl" else f"untrained_{name}" for name in LEARNED}
 OPTIMIZERS |= {UNTRAINED[name]: learned.make for name, learned in LEARNED.items()}
 COLORS = dict(
-    zip(OPTIMIZERS, ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold"))
+    zip(
+        OPTIMIZERS,
+        ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink")
+        + ("tab:olive", "tab:cyan", "black", "gold"),
+    )
 )
 BASELINES = ("adam", "rmsprop")  # designed by hand
 TUNING_SEEDS = 2

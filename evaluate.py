@@ -251,7 +251,9 @@ def main(argv=None):
         rows, scores = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     if scores:
-        print(f"Area under the return curve / that of the better of {' and '.join(compare.BASELINES)}, all tasks and seeds:")
+        print(
+            f"Area under the return curve / that of the better of {' and '.join(compare.BASELINES)}, all tasks and seeds:"
+        )
         print("\n".join(f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()))
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")

@@ -54,7 +54,9 @@ class Config:
         72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
     )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
-    estimator: str = _knob("gradient", "of the meta-gradient: gradient, the paper's; pes or nres, unbiased over whole lives")
+    estimator: str = _knob(
+        "gradient", "of the meta-gradient: gradient, the paper's; pes or nres, unbiased over whole lives"
+    )
     sigma: float = _knob(0.03, "standard deviation of the perturbations of the meta-parameters by pes and nres")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")

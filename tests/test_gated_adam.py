@@ -68,7 +68,9 @@ def test_untrained_rule_is_adam_or_rmsprop_where_its_gate_is_closed(bias, oracle
         "adam": optax.adam(0.1, b1=0.9, b2=0.99, eps=0, eps_root=1e-16),
         "rmsprop": optax.rmsprop(0.1, decay=0.99, eps=1e-16, bias_correction=True),
     }[oracle]
-    np.testing.assert_allclose(unroll(gated_adam.gated_adam(meta_params, 0.1), grads), unroll(expected, grads), **FLOAT32)
+    np.testing.assert_allclose(
+        unroll(gated_adam.gated_adam(meta_params, 0.1), grads), unroll(expected, grads), **FLOAT32
+    )
 
 
 def test_rule_does_not_see_the_scale_of_the_gradients_and_is_odd_in_them():
