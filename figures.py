@@ -204,7 +204,7 @@ def read_curves(folders):
 
 
 def learning_curves(name, folders, out):
-    """One panel a task: interquartile means over runs and 95% bootstrap intervals; one colour per optimizer."""
+    """One panel a task: interquartile means over runs, each smoothed over a tenth of its length, and 95% bootstrap intervals."""
     curves = read_curves(folders)
     tasks = list(dict.fromkeys(task for task, _ in curves))
     if not tasks:
@@ -212,9 +212,11 @@ def learning_curves(name, folders, out):
     figure, axes = plt.subplots(1, len(tasks), figsize=(2 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
     for (task, optimizer), (steps, returns) in curves.items():
         axis, color = axes[0, tasks.index(task)], compare.COLORS.get(optimizer, "black")
+        window = max(1, len(steps) // 10)
+        returns = np.lib.stride_tricks.sliding_window_view(returns, window, axis=1).mean(-1)
         mean, low, high = np.transpose([compare.interval(values) for values in returns.T])
-        axis.plot(steps, mean, label=optimizer, color=color)
-        axis.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
+        axis.plot(steps[window - 1 :], mean, label=optimizer, color=color)
+        axis.fill_between(steps[window - 1 :], low, high, alpha=0.2, color=color, linewidth=0)
         axis.set(title=f"{task} ({len(returns)} seeds)", xlabel="environment steps", ylabel="episode return")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside right upper")

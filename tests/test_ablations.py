@@ -18,7 +18,7 @@ from programs import finish, read_csv, start
 
 TINY = (
     "--devices 1 --num-units 4 --optimizer optim4rl --inner-updates 4 --num-envs 1 --reward-scale 100 --meta-loss whole "
-    "--num-seeds 2 --meta-steps 3 --test-steps 4e3 --test-envs 4 --reset-interval"
+    "--num-seeds 2 --meta-steps 3 --test-steps 4e3 --test-envs 4 --test-alphas 1e-2,3e-2 --reset-interval"
 )
 
 
@@ -133,6 +133,7 @@ def test_a_meta_run_does_not_depend_on_those_before_it():
         ("--task ant", "unknown task 'ant'"),
         ("--reset-interval -1", "--reset-interval is -1"),
         ("--num-seeds 0", "--num-seeds is 0"),
+        ("--test-alphas ,", "--test-alphas is empty"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, monkeypatch):
