@@ -133,29 +133,23 @@ def make_candidates(config, folder, task, optimizer, mesh):
     return {0: untrained.get(optimizer)}
 
 
-def end_if(signals):
-    """Ends the program after Ctrl-C or SIGTERM: only the agent under way is lost."""
-    if signals:
-        raise SystemExit(128 + signals[0])
-
-
-def run_all(config, folder, mesh, signals):
+def run_all(config, folder, mesh):
     """All optimizers on all tasks: writes the chosen weights, curves.csv and summary.json; returns the table's rows."""
     rows = []
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for name, optimizer in itertools.product(config.tasks, config.optimizers):
-            candidates, task = (
-                make_candidates(config, folder, name, optimizer, mesh),
-                suite.make(name, config.test_envs),
-            )
+            task = suite.make(name, config.test_envs)
+            candidates = make_candidates(config, folder, name, optimizer, mesh)
             bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
-            with tqdm(total=100, desc=f"{name} {optimizer}", bar_format=bar_format) as bar:
+            bar = tqdm(total=100, desc=f"{name} {optimizer}", bar_format=bar_format)
+            with cli.graceful_stop() as signals, bar:
 
                 def progress(part):
                     bar.update(min(100 * part, 100 - bar.n))
-                    end_if(signals)
+                    if signals:  # only the agent under way is lost
+                        raise SystemExit(128 + signals[0])
 
                 row, runs, meta_params = report(config, folder, task, optimizer, candidates, mesh, progress)
             if optimizer in compare.LEARNED:
@@ -197,13 +191,13 @@ def main(argv=None):
     for name in ("runs", "weights"):
         (folder / name).mkdir(exist_ok=True)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
-    with cli.graceful_stop() as signals:
-        try:
-            rows = run_all(config, folder, mesh, signals)
-        except SystemExit as stop:
-            if isinstance(stop.code, int):  # a signal, here or in a meta-run; a lost meta-run has words of its own
-                print(f"\nstopped; the comparison goes on with: python comparison.py --resume {folder}")
-            raise
+    try:
+        rows = run_all(config, folder, mesh)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        if isinstance(status, int):  # a signal; a meta-run that lost its meta-gradient has words of its own
+            print(f"\nstopped; the comparison goes on with: python comparison.py --resume {folder}")
+        raise SystemExit(status) from None
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     print(f"Curves: {figures.learning_curves('figure3', [folder], folder)}")
 

@@ -112,17 +112,6 @@ def test_a_stopped_program_goes_on_and_runs_nothing_twice(tmp_path):
     assert len({row["areas"] for row in rows}) == 5 and len(list((folder / "weights").iterdir())) == 4
 
 
-def test_a_meta_run_does_not_depend_on_those_before_it():
-    """So that a resumed program learns the same."""
-    config = ablations.Config(num_units=(2,), meta_steps=2, task="catch")
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("units",))
-    meta_run = ablations.make_meta_run(config, ablations.settings(config)["base"], mesh)
-    key = ablations.seed_keys(config, 0)[0]
-    first, other, again = meta_run(key, list), meta_run(ablations.seed_keys(config, 1)[0], list), meta_run(key, list)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert all((x != y).any() for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(other)))
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
