@@ -1,6 +1,6 @@
 """Program: every learned optimizer meta-trained on the very task that it is tested on, beside Adam and RMSProp (paper: Figure 3).
 
-    python comparison.py                              # Catch and big_dense_long, 30 minutes on one CPU core
+    python comparison.py                              # Catch and big_dense_long, about half an hour on one CPU core
     python comparison.py --tasks catch --out runs/try # Catch alone
     python comparison.py --resume runs/comparison-... # goes on after any interruption; nothing finished is run again
 
