@@ -170,7 +170,7 @@ def _to_pieces(tree, dtype):
 
 @jax.custom_vjp
 def _update_pieces(constants, hidden, g):
-    """update_rule on each piece: (meta_params, eps), hidden {"m": [K, H, C], "v": [K, H, C]}, g [K, C] -> (hidden, delta [K, C])."""
+    """update_rule piece by piece: (meta_params, eps), hidden of Optim4RLState, g [K, C] -> (hidden, delta [K, C])."""
     meta_params, eps = constants
     return _map_pieces(lambda hidden, g: update_rule(meta_params, hidden, g, eps), hidden, g)
 

@@ -1,7 +1,7 @@
 """Program: our PPO beside Brax's own trainer, on the same robot, hyperparameters, seeds and evaluations.
 
     python benchmarks/brax_ppo.py                                    # inverted_pendulum, small settings, 3 seeds each
-    python benchmarks/brax_ppo.py --task inverted_double_pendulum --ppo paper --seeds 5 --steps 4.9e5 --points 3    # 15 minutes on one core
+    python benchmarks/brax_ppo.py --task inverted_double_pendulum --ppo paper --seeds 5 --steps 4.9e5 --points 3
 
 Both are trained with plain Adam and stop at equal numbers of environment steps to play 128 whole episodes without noise, from
 newly drawn first states. They draw their random numbers differently, so they agree as two sets of seeds do, not to the bit. The
