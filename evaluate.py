@@ -94,6 +94,7 @@ def plot(path, curves):
             linewidth=0,
         )
         axis.set(title=task, xlabel="environment steps", ylabel="episode return")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

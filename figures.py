@@ -235,9 +235,8 @@ def figure3(config, folders, out):
 def figure4(config, folders, out):
     """Learning curves on robots of an optimizer that was meta-trained on gridworlds alone (paper: Figure 4).
 
-    python meta_train.py --preset paper --out runs/six
-    python evaluate.py --preset paper --weights runs/six/optimizer.npz --out results/figure4
-    python figures.py figure4
+    python evaluate.py --preset transfer --out results/transfer    # or --preset paper, on an accelerator
+    python figures.py figure4 --results results/transfer
     """
     return learning_curves("figure4", folders, out)
 
