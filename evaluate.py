@@ -35,7 +35,7 @@ import suite
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WEIGHTS = pathlib.Path(__file__).parent / "weights" / "optim4rl.npz"
+WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz each
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Config:
         metadata={"help": f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"},
     )
     weights: str | None = field(
-        default=None, metadata={"help": "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/optim4rl.npz"}
+        default=None, metadata={"help": "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/NAME.npz"}
     )
     learning_rate: tuple[float, ...] = field(
         default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"}
@@ -102,7 +102,7 @@ def plot(path, curves):
 
 def load_weights(config):
     """The meta_params of every learned optimizer asked for. A resumed run goes on with the weights that it began with."""
-    files, meta_params = {"optim4rl": WEIGHTS}, {}
+    files, meta_params = {file.stem: file for file in WEIGHTS.glob("*.npz")}, {}
     for text in filter(None, (config.weights or "").split(",")):
         name, file = text.split("=", 1) if "=" in text else ("optim4rl", text)
         if name not in compare.LEARNED:

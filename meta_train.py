@@ -3,6 +3,7 @@
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
     python meta_train.py --preset pendulum                  # a robot, learned by PPO
+    python meta_train.py --preset gated_adam                # the weights of gated_adam.py
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -103,6 +104,18 @@ PRESETS = {
         test_tasks=gridworld.NAMES,
         test_steps=5e6,
         test_envs=512,
+    ),
+    "gated_adam": dict(
+        optimizer="gated_adam",
+        estimator="nres",
+        num_units=32,
+        num_envs=32,
+        meta_steps=816,
+        reset_interval=125,
+        sigma=0.4,
+        meta_learning_rate=2e-3,
+        alpha=(0.03,),
+        reward_scale=(1.0,),
     ),
     "pendulum": dict(
         tasks=("inverted_pendulum",),

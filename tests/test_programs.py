@@ -204,6 +204,17 @@ def test_star_is_meta_trained_and_evaluated_by_name(tmp_path):
     assert [row["optimizer"] for row in rows] == ["star", "adam"] and all(-1 <= row["final"] <= 1 for row in rows)
 
 
+def test_shipped_weights_are_found_by_name():
+    names = {file.stem for file in evaluate.WEIGHTS.glob("*.npz")}
+    assert names == {"optim4rl", "gated_adam"}
+    _, meta_params = evaluate.check(evaluate.Config(optimizers=tuple(names)))
+    for name in names:
+        assert any(
+            np.any(x != y)
+            for x, y in zip(*map(jax.tree.leaves, (meta_params[name], meta_params[compare.UNTRAINED[name]])))
+        )
+
+
 def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     values = np.random.default_rng(0).normal(size=400)
     few, many = compare.interval(values[:10]), compare.interval(values)
