@@ -206,8 +206,9 @@ def evolution(reuse_noise, learner, make_optimizer, config):
         meta_grads = (epsilon_1 + ... + epsilon_t) (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
 
     is, in the mean over lives, the gradient of the mean loss over a whole life, for a Gaussian-smoothed theta. nres, noise-reuse
-    evolution strategies (Li, Harrison, Sohl-Dickstein et al. 2023), draws epsilon once in a life and puts it in the place of
-    the sum: the same in the mean, and up to as many times less noisy as a life has meta-steps.
+    evolution strategies (Li, Harrison, Sohl-Dickstein, Smith and Metz 2023), draws epsilon once in a life and puts it in the
+    place of the sum: the same in the mean, but for how theta is smoothed. Where the losses of different meta-steps are
+    independent, the variance of pes is t times as large at age t.
 
     The loss is what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, or else
     minus the mean reward, which is blind to falling where each step that an agent survives pays the same.
