@@ -218,9 +218,8 @@ def evolution(reuse_noise, learner, make_optimizer, config):
         return jax.tree.map(lambda e: config.sigma * e, optax.tree.random_like(key, meta_params))
 
     def init(meta_params, key):
-        agent = learner.init(key, make_optimizer(meta_params))
-        # The agent's key, folded: an epsilon independent of the agent.
-        epsilon = draw(jax.random.fold_in(key, 1), meta_params)
+        agent_key, epsilon_key = jax.random.split(key)
+        agent, epsilon = learner.init(agent_key, make_optimizer(meta_params)), draw(epsilon_key, meta_params)
         perturbation = epsilon if reuse_noise else jax.tree.map(jnp.zeros_like, epsilon)
         return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), perturbation)
 

@@ -200,7 +200,7 @@ def test_evolution_strategies_are_those_of_a_numpy_loop(name):
     estimator = pipeline.ESTIMATORS[name](noisy_learner(), make_optimizer, config)
     pair = estimator.init(THETA, random)
     draw = lambda key: jax.tree.map(lambda e: sigma * float(e), optax.tree.random_like(key, THETA))
-    only_epsilon, total = draw(jax.random.fold_in(random, 1)), {"log_rate": 0.0, "decay": 0.0}
+    only_epsilon, total = draw(jax.random.split(random)[1]), {"log_rate": 0.0, "decay": 0.0}
     params, momentum = np.array(pair.agents.params), np.zeros((2, 3))
     for key in jax.random.split(random, 3):
         meta_grads, pair, metrics = estimator.step(THETA, pair, key)
