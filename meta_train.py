@@ -264,6 +264,7 @@ def advance(config, meta_step, state, log, save):
                 save(state)
                 saved = time.time()
         save(state)
+        (signal,) = cli.highest(max(signals, default=0))  # one that came while the last state was saved, too
     return state, int(signal)
 
 

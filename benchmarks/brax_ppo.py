@@ -107,12 +107,13 @@ def train_ours(plan, seed):
 
     play = jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EPISODES).mean())
     agent = jax.jit(lambda: learner.init(init_key, optimizer))()
-    returns, seconds = [play(agent, jax.random.fold_in(play_key, 0))], []
+    returns, seconds = [jax.block_until_ready(play(agent, jax.random.fold_in(play_key, 0)))], []
     for point in range(plan.points):
         start = clock()
         agent = jax.block_until_ready(epoch(agent, jax.random.fold_in(train_key, point)))
         seconds.append(clock() - start)
-        returns.append(play(agent, jax.random.fold_in(play_key, point + 1)))
+        # Waited for: an evaluation still under way would count for the next epoch.
+        returns.append(jax.block_until_ready(play(agent, jax.random.fold_in(play_key, point + 1))))
     return Run(np.array(returns, float), np.array(seconds))
 
 
