@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 KEPT = 3
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the errors that it raises, at length
+for name in ("absl", "asyncio"):  # orbax logs the errors that it raises, at length, and asyncio those of dropped writes
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Damaged(Exception):

@@ -102,9 +102,18 @@ def run(main):
         sys.exit(130)
 
 
+_stops = []  # the list of signals of the graceful_stop that is entered, if one is
+
+
 @contextlib.contextmanager
 def graceful_stop():
-    """Within it, a first Ctrl-C or SIGTERM (a preempted job) only fills the list that it yields; a second one ends the program."""
+    """Within it, a first Ctrl-C or SIGTERM (a preempted job) only fills the list that it yields; a second one ends the program.
+
+    One within another yields the list of the outer one: what comes between two inner ones stops the next.
+    """
+    if _stops:
+        yield _stops[0]
+        return
     received = []
 
     def on_signal(number, frame):
@@ -112,9 +121,11 @@ def graceful_stop():
         received.append(number)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    _stops.append(received)
     try:
         yield received
     finally:
+        _stops.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

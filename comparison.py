@@ -192,12 +192,12 @@ def main(argv=None):
         (folder / name).mkdir(exist_ok=True)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
     try:
-        rows = run_all(config, folder, mesh)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        if isinstance(status, int):  # a signal; a meta-run that lost its meta-gradient has words of its own
+        with cli.graceful_stop():  # from here on: a meta-run or a tuning that begins after a signal ends at once
+            rows = run_all(config, folder, mesh)
+    except SystemExit as stop:
+        if isinstance(stop.code, int):  # a signal; a meta-run that lost its meta-gradient has words of its own
             print(f"\nstopped; the comparison goes on with: python comparison.py --resume {folder}")
-        raise SystemExit(status) from None
+        raise
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     print(f"Curves: {figures.learning_curves('figure3', [folder], folder)}")
 
