@@ -51,6 +51,11 @@ BASELINES = ("adam", "rmsprop")  # designed by hand
 TUNING_SEEDS = 2
 
 
+def untrained_params(key):
+    """{name in UNTRAINED.values(): meta_params before meta-training}."""
+    return {UNTRAINED[name]: learned.init(key) for name, learned in LEARNED.items()}
+
+
 def alpha_factor(optimizer):
     """What a grid of alphas is multiplied by for an optimizer of that name."""
     # Before meta-training these two are SGD, whose steps are as small as gradients are (1e-3 to 1e-1 here), where the

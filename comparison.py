@@ -74,6 +74,7 @@ PRESETS = {
 
 def meta_run(config, folder, task, optimizer, rate, mesh):
     """The meta-parameters of one meta-run, a folder as meta_train.py makes them: read where finished, else gone on with."""
+    path = folder / f"{task}-{optimizer}-{rate:g}"
     run = meta_train.Config(
         tasks=(task,),
         optimizer=optimizer,
@@ -85,9 +86,8 @@ def meta_run(config, folder, task, optimizer, rate, mesh):
         test_tasks=(),
         seed=config.seed,
         devices=config.devices,
-        out=str(folder / f"{task}-{optimizer}-{rate:g}"),
+        out=str(path),
     )
-    path = folder / f"{task}-{optimizer}-{rate:g}"
     if not (path / "config.json").exists():
         cli.new_folder(run.out, "meta_train", run)
     if (path / "curves.png").exists():  # drawn last
@@ -128,9 +128,7 @@ def make_candidates(config, folder, task, optimizer, mesh):
     """{meta learning rate: meta_params} of an optimizer, meta-trained on the task if it can be."""
     if optimizer in compare.LEARNED:
         return {rate: meta_run(config, folder, task, optimizer, rate, mesh) for rate in config.meta_learning_rates}
-    init_key = jax.random.key(config.seed)
-    untrained = {compare.UNTRAINED[name]: learned.init(init_key) for name, learned in compare.LEARNED.items()}
-    return {0: untrained.get(optimizer)}
+    return {0: compare.untrained_params(jax.random.key(config.seed)).get(optimizer)}
 
 
 def run_all(config, folder, mesh):

@@ -138,8 +138,7 @@ def check(config):
     fixed_rates(config)
     try:
         tasks = [suite.make(name, config.num_envs, config.ppo) for name in config.tasks]
-        init_key = jax.random.key(config.seed)
-        meta_params = {compare.UNTRAINED[name]: learned.init(init_key) for name, learned in compare.LEARNED.items()}
+        meta_params = compare.untrained_params(jax.random.key(config.seed))
         meta_params |= load_weights(config)
     except FileNotFoundError as error:
         raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None

@@ -191,9 +191,7 @@ def gradient(learner, make_optimizer, config):
 
 class Pair(NamedTuple):
     agents: Any  # AgentState, each leaf [2, ...]: one lives with theta + epsilon, one with theta - epsilon
-    perturbation: (
-        Any  # like theta: the sum of the first agent's epsilons since the unit's reset; nres: its only epsilon
-    )
+    perturbation: Any  # like theta: the sum of the first agent's epsilons since the unit's reset (nres: the only one)
 
 
 def evolution(reuse_noise, learner, make_optimizer, config):
