@@ -3,6 +3,7 @@
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset transfer                                # the paper's four robots in small, 35 minutes on one core
+    python evaluate.py --preset gridworlds --tasks small_dense_short    # weights/gated_adam.npz at the paper's size, 7 minutes
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
     python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
@@ -73,6 +74,14 @@ class Config:
 
 PRESETS = {
     "quick": {},
+    "gridworlds": dict(  # one alpha for the learned optimizer, the others tuned on each task
+        tasks=suite.PAPER_WORLDS,
+        optimizers=("gated_adam", "untrained_gated_adam", "untrained", "adam", "rmsprop"),
+        fixed=("gated_adam=0.03",),
+        learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        seeds=10,
+        steps=5e6,
+    ),
     "transfer": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-4, 1e-3, 3e-3)),
     "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }

@@ -1,11 +1,12 @@
-"""GatedAdam: a learned optimizer of our own, Adam whose step and momentum are gated by 14 learned numbers (not in the paper).
+"""GatedAdam: a learned optimizer of our own, Adam whose step and momentum are gated by 18 learned numbers (not in the paper).
 
 Optim4RL's networks see the raw gradient g and g^2. An agent's gradients are small, 1e-6 to 1e-1, so the networks see next to
 nothing of them and learn a step size, at best a schedule. Here the moments are Adam's, and the gates, the same for
-every scalar as in Optim4RL, see only ratios of them and the agent's age:
+every scalar as in Optim4RL, see only ratios of them, what kind of tensor the scalar is part of, and the agent's age:
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        both bias-corrected; b1, b2 learned
-    x = (log of m^2 / v, log of v / mean v, exp(-t / 10), exp(-t / 100), exp(-t / 1000))
+    x = (log of m^2 / v, log of v / mean v, 1 in vectors and 0 in matrices, log of P_tensor / P,
+         exp(-t / 10), exp(-t / 100), exp(-t / 1000))
     o1, o2 = Linear(x)
     delta = -alpha exp(o1) ((1 - s) g + s m) / sqrt(v + eps),  s = sigmoid(o2)
 
@@ -13,14 +14,16 @@ every scalar as in Optim4RL, see only ratios of them and the agent's age:
 |---|---|---|
 | g | gradient | like the agent's parameters |
 | m, v | Adam's moments; mean v is over all scalars of the agent | like g, zero at first |
-| x | signal to noise, relative size of the gradient, age | 5 numbers for each scalar |
+| x | signal to noise, relative size of the gradient, kind of tensor, age | 7 numbers for each scalar |
+| P, P_tensor | scalars of the agent, and of one tensor (an array of its pytree) | [] |
 | t | updates so far, with this one | [] |
-| theta | meta_params, 14 numbers | see init_meta_params |
+| theta | meta_params, 18 numbers | see init_meta_params |
 | alpha | learning_rate: a number, a traced array or an optax schedule | [] |
 
 The gate o1 reaches from sign descent (by m^2 / v) over RMSProp and Adam towards plain gradient descent (by v / mean v), with any
-schedule that its clocks can make. The rule does not depend on the scale of the gradients, is odd in them, and leaves alone
-what has none. Untrained it is halfway between Adam and RMSProp.
+schedule that its clocks can make, and with another step for biases (vectors) and heads (small matrices) than for the body.
+The rule does not depend on the scale of the gradients, is odd in them, and leaves alone what has none. Untrained it is
+halfway between Adam and RMSProp.
 
 Example:
     import jax, optax, gated_adam
@@ -32,6 +35,7 @@ Example:
 Copy this file: needs jax, optax.
 """
 
+import math
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -39,7 +43,7 @@ import jax.numpy as jnp
 import optax
 
 TIMESCALES = (10.0, 100.0, 1000.0)  # updates; an agent much older than the last one is always the same age
-NUM_INPUTS = 2 + len(TIMESCALES)
+NUM_INPUTS = 4 + len(TIMESCALES)
 
 
 class LearnedOptimizer(NamedTuple):
@@ -59,21 +63,22 @@ def init_meta_params(key):
     """Meta-parameters of the untrained rule, the same for every key.
 
     Returns:
-        {"kernel" [2, 5], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}.
+        {"kernel" [2, 7], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}.
     """
     del key
     decay_logits = jax.scipy.special.logit(jnp.array([0.9, 0.99]))
     return {"kernel": jnp.zeros((2, NUM_INPUTS)), "bias": jnp.zeros(2), "decay_logits": decay_logits}
 
 
-def gates(meta_params, m, v, mean_v, count, eps):
-    """(o1, o2) for bias-corrected moments m, v of any shape."""
+def gates(meta_params, m, v, mean_v, count, num_scalars, eps):
+    """(o1, o2) for a tensor's bias-corrected moments m, v, of any shape; num_scalars: P."""
     signal = jnp.log(m**2 / (v + eps) + 1e-4) / 5  # 1e-4, 1e-8: logarithms of what is almost zero stay in range
     size = jnp.log(v / (mean_v + eps) + 1e-8) / 10
+    tensor = jnp.array([m.ndim < 2, math.log(max(m.size, 1) / num_scalars) / 5], v.dtype)
     ages = jnp.exp(-count / jnp.array(TIMESCALES, v.dtype))
     kernel = meta_params["kernel"]
-    of_agent = kernel[:, 2:] @ ages + meta_params["bias"]  # (2,), the same for all scalars
-    return [k[0] * signal + k[1] * size + o for k, o in zip(kernel, of_agent)]
+    shared = kernel[:, 2:] @ jnp.concatenate([tensor, ages]) + meta_params["bias"]  # (2,), the same in all of a tensor
+    return [k[0] * signal + k[1] * size + o for k, o in zip(kernel, shared)]
 
 
 def gated_adam(meta_params, learning_rate, eps=1e-16):
@@ -98,12 +103,13 @@ def gated_adam(meta_params, learning_rate, eps=1e-16):
         b1, b2 = jax.nn.sigmoid(meta_params["decay_logits"])
         m = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(g.dtype), state.m, grads)
         v = jax.tree.map(lambda v, g: (b2 * v + (1 - b2) * g**2).astype(g.dtype), state.v, grads)
-        mean_v = optax.tree.sum(v) / max(optax.tree.size(v), 1) / (1 - b2**count)
+        num_scalars = max(optax.tree.size(v), 1)
+        mean_v = optax.tree.sum(v) / num_scalars / (1 - b2**count)
         alpha = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def step(g, m, v):
             m, v = m / (1 - b1**count), v / (1 - b2**count)
-            o1, o2 = gates(meta_params, m, v, mean_v, count, eps)
+            o1, o2 = gates(meta_params, m, v, mean_v, count, num_scalars, eps)
             s = jax.nn.sigmoid(o2)
             # delta = -alpha exp(o1) ((1 - s) g + s m) / sqrt(v + eps)
             return (-alpha * jnp.exp(o1) * ((1 - s) * g + s * m) / jnp.sqrt(v + eps)).astype(g.dtype)

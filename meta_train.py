@@ -3,7 +3,7 @@
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
     python meta_train.py --preset pendulum                  # a robot, learned by PPO
-    python meta_train.py --preset gated_adam                # the weights of gated_adam.py
+    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, 30 minutes
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -90,14 +90,7 @@ class Config:
 PRESETS = {
     "quick": {},
     "paper": dict(
-        tasks=(
-            "small_dense_long",
-            "small_dense_short",
-            "big_sparse_short",
-            "big_dense_short",
-            "big_sparse_long",
-            "big_dense_long",
-        ),
+        tasks=suite.PAPER_WORLDS,
         num_units=512,
         meta_steps=585,
         reset_interval=288,
@@ -109,8 +102,8 @@ PRESETS = {
         optimizer="gated_adam",
         estimator="nres",
         num_units=32,
-        num_envs=32,
-        meta_steps=816,
+        num_envs=64,
+        meta_steps=3000,
         reset_interval=125,
         sigma=0.4,
         meta_learning_rate=2e-3,
