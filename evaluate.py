@@ -3,7 +3,7 @@
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
     python evaluate.py --preset transfer                                # the paper's four robots in small, 35 minutes on one core
-    python evaluate.py --preset gridworlds --tasks small_dense_short    # weights/gated_adam.npz at the paper's size, 7 minutes
+    python evaluate.py --preset gridworlds --tasks small_dense_short    # weights/gated_adam.npz at the paper's size, 6 minutes
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
     python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again

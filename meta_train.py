@@ -241,7 +241,7 @@ def advance(config, meta_step, state, log, save):
 
     Returns: (MetaState, the signal's number or 0).
     """
-    saved, signal, steps = time.time(), 0, range(int(state.step), config.meta_steps)
+    saved, steps = time.time(), range(int(state.step), config.meta_steps)
     look = {"unit": "meta-step", "dynamic_ncols": True, "disable": not cli.is_first_process()}
     with cli.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **look) as bar:
         for step in steps:

@@ -105,16 +105,17 @@ def train_ours(plan, seed):
         keys = jax.random.split(key, plan.updates)
         return jax.lax.scan(lambda agent, key: (learner.update(optimizer, agent, key)[0], None), agent, keys)[0]
 
-    play = jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EPISODES).mean())
+    evaluate = jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EPISODES).mean())
+    # float waits: an evaluation still under way would count for the next epoch.
+    play = lambda agent, point: float(evaluate(agent, jax.random.fold_in(play_key, point)))
     agent = jax.jit(lambda: learner.init(init_key, optimizer))()
-    returns, seconds = [jax.block_until_ready(play(agent, jax.random.fold_in(play_key, 0)))], []
+    returns, seconds = [play(agent, 0)], []
     for point in range(plan.points):
         start = clock()
         agent = jax.block_until_ready(epoch(agent, jax.random.fold_in(train_key, point)))
         seconds.append(clock() - start)
-        # Waited for: an evaluation still under way would count for the next epoch.
-        returns.append(jax.block_until_ready(play(agent, jax.random.fold_in(play_key, point + 1))))
-    return Run(np.array(returns, float), np.array(seconds))
+        returns.append(play(agent, point + 1))
+    return Run(np.array(returns), np.array(seconds))
 
 
 def train_brax(plan, seed):
