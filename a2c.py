@@ -67,7 +67,8 @@ class Learner(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    obs: jax.Array  # [T + 1, N, ...]
+    env_states: Any  # every leaf [T + 1, N, ...]
+    outputs: tuple  # of the network, in these states: logits [T + 1, N, A], values [T + 1, N]
     actions: jax.Array  # [T, N]
     rewards: jax.Array  # [T, N]
     dones: jax.Array  # [T, N]
@@ -97,8 +98,7 @@ def make(env, config=Config()):
 
     def rollout_loss(params, agent_state, key):
         agent_state, rollout, metrics = collect(env, config, params, agent_state, key)
-        logits, values = apply_in_pieces(params, rollout.obs.reshape(-1, *env.obs_shape))  # all observations
-        logits, values = (x.reshape(config.rollout_length + 1, config.num_envs, *x.shape[1:]) for x in (logits, values))
+        logits, values = replay(env, params, rollout.env_states, rollout.outputs)
         loss, _ = a2c_loss(logits, values, rollout.actions, rollout.rewards, rollout.dones, config)
         return loss, (agent_state, metrics | {"loss": loss})
 
@@ -152,26 +152,29 @@ def lambda_returns(rewards, dones, values, config):
 
 def collect(env, config, params, agent_state, key):
     """One rollout of the current policy: -> (agent_state, Rollout, metrics)."""
-    # Sampled actions carry no derivative, so neither does a rollout: nothing of it needs to be kept for the backward pass.
+    # Sampled actions carry no derivative, and that of the network's outputs is left to replay: nothing else is kept.
     params = jax.lax.stop_gradient(params)
+    network = lambda env_state: apply_network(params, jax.vmap(env.observe)(env_state))
 
     def step(carry, key):
         env_state, episode_return = carry
         action_key, env_key = jax.random.split(key)
-        obs = jax.vmap(env.observe)(env_state)
-        actions = jax.random.categorical(action_key, apply_network(params, obs)[0])
+        outputs = network(env_state)
+        actions = jax.random.categorical(action_key, outputs[0])
         env_keys = jax.random.split(env_key, config.num_envs)
-        env_state, rewards, dones = jax.vmap(env.step)(env_keys, env_state, actions)
+        next_state, rewards, dones = jax.vmap(env.step)(env_keys, env_state, actions)
         ended_return = episode_return + rewards
         episode_return = jnp.where(dones, 0.0, ended_return)
-        return (env_state, episode_return), (obs, actions, rewards, dones.astype(rewards.dtype), ended_return)
+        kept = ((env_state, outputs), actions, rewards, dones.astype(rewards.dtype), ended_return)
+        return (next_state, episode_return), kept
 
     carry = (agent_state.env_state, agent_state.episode_return)
-    carry, (obs, actions, rewards, dones, returns) = jax.lax.scan(
+    carry, (seen, actions, rewards, dones, returns) = jax.lax.scan(
         step, carry, jax.random.split(key, config.rollout_length)
     )
-    last_obs = jax.vmap(env.observe)(carry[0])
-    rollout = Rollout(jnp.concatenate([obs, last_obs[None]]), actions, rewards, dones)
+    last_seen = (carry[0], network(carry[0]))
+    seen = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), seen, last_seen)
+    rollout = Rollout(*seen, actions, rewards, dones)
     metrics = {"reward": rewards.mean(), "objective": returns.mean()}
     metrics |= {"episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}
     return agent_state._replace(env_state=carry[0], episode_return=carry[1]), rollout, metrics
@@ -219,16 +222,42 @@ def apply_network(params, obs):
     return linear("policy", body), linear("value", body)[:, 0]
 
 
-def apply_in_pieces(params, obs, piece=64):
-    """apply_network for many observations: with a convolution, a CPU takes a piece at a time, 1.5 times as fast.
+def replay(env, params, env_states, outputs, piece=64):
+    """The network's outputs in a rollout as a function of its parameters: known already, only their gradient needs a look back.
 
-    The patches of the convolution are 4 times the observation. Those of a piece fit a core's cache, for the backward pass
-    too, which computes them again.
+    It looks at all states again, on an accelerator at once, on a CPU a piece at a time, whose activations fit a core's cache.
+    On a CPU an update is 1.2 (small worlds) to 1.4 times (big ones) as fast as with a loss that computes the outputs anew.
+
+    Args:
+        env: Env.
+        params: the network's.
+        env_states: every leaf [T + 1, N, ...].
+        outputs: (logits [T + 1, N, A], values [T + 1, N]) of apply_network with these parameters in these states.
+        piece: at most so many states at a time.
+    Returns:
+        outputs.
     """
-    if "conv" not in params or len(obs) <= piece or jax.default_backend() != "cpu":
-        return apply_network(params, obs)
-    one = lambda x: jax.tree.map(lambda y: y[0], apply_network(params, x[None]))
-    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), obs, batch_size=piece)
+    num_states = outputs[1].size
+    if jax.default_backend() != "cpu":
+        piece = num_states
+    piece = max(d for d in range(1, min(piece, num_states) + 1) if num_states % d == 0)
+    cut = lambda x: x.reshape(num_states // piece, piece, *x.shape[2:])
+
+    def backward(residuals, cotangents):
+        params, env_states = residuals
+
+        def add(total, part):
+            states, cotangents = part
+            network = lambda params: apply_network(params, jax.vmap(env.observe)(states))
+            (grads,) = jax.vjp(network, params)[1](cotangents)
+            return jax.tree.map(jnp.add, total, grads), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, jax.tree.map(cut, (env_states, cotangents)))[0], None, None
+
+    known = jax.custom_vjp(lambda params, env_states, outputs: outputs)
+    known.defvjp(lambda params, env_states, outputs: (outputs, (params, env_states)), backward)
+    return known(params, env_states, outputs)
 
 
 def patches_2x2(x):

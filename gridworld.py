@@ -25,6 +25,7 @@ NOTE: as in the reference implementation, a respawning object may land on any ce
 Copy this file: needs jax.
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import jax
@@ -103,6 +104,7 @@ def make_gridworld(world, reward_scale=1.0, name="gridworld"):
     height, width, objects, horizon = world
     object_rewards, end_probs, respawn_probs = map(jnp.array, zip(*objects))  # (O,) each
     num_objects, num_cells = len(objects), height * width
+    obs_shape = (num_objects + 1, height + 2, width + 2)
     if num_cells <= num_objects:
         raise ValueError(f"a {height} x {width} grid is too small for an agent and {num_objects} objects")
 
@@ -136,11 +138,12 @@ def make_gridworld(world, reward_scale=1.0, name="gridworld"):
 
     def observe(state):
         cells = jnp.concatenate([state.objects, state.agent[None]])  # (O + 1,)
-        planes = cells[:, None] == jnp.arange(num_cells)  # (O + 1, cells); an absent object is on no cell
-        planes = planes.reshape(-1, height, width).astype(jnp.float32)
-        return jnp.pad(planes, ((0, 0), (1, 1), (1, 1)))
+        with_wall = (cells // width + 1) * (width + 2) + cells % width + 1  # the same cells, the wall's counted too
+        with_wall = jnp.where(cells == ABSENT, ABSENT, with_wall)
+        planes = with_wall[:, None] == jnp.arange(math.prod(obs_shape[1:]))  # an absent object is on no cell
+        return planes.reshape(obs_shape).astype(jnp.float32)
 
-    return Env(reset, step, observe, (num_objects + 1, height + 2, width + 2), len(MOVES), name)
+    return Env(reset, step, observe, obs_shape, len(MOVES), name)
 
 
 def _move(cell, action, height, width):

@@ -56,13 +56,21 @@ def test_patches_make_a_convolution():
     np.testing.assert_allclose(a2c.patches_2x2(jnp.asarray(x)) @ kernel.reshape(12, 6), expected, **FLOAT32)
 
 
-def test_pieces_do_not_change_the_network_or_its_gradient():
-    env = gridworld.make("big_sparse_short")
-    params = a2c.init_network(jax.random.key(0), env, a2c.Config())
-    obs = jax.random.uniform(jax.random.key(1), (150, *env.obs_shape))  # two pieces and a rest
-    loss = lambda network, params: sum(jnp.mean(jnp.sin(x)) for x in network(params, obs))
-    whole, pieces = (jax.value_and_grad(loss, 1)(f, params) for f in (a2c.apply_network, a2c.apply_in_pieces))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), whole, pieces)
+@pytest.mark.parametrize("piece", [1000, 8, 5])  # one piece; 6 of 7 states, as 42 states have no divisor 8; 14 of 3
+def test_replay_has_the_outputs_of_the_rollout_and_the_gradient_of_the_network(piece):
+    env, config = gridworld.make("big_dense_short"), a2c.Config(num_envs=6, rollout_length=6)
+    agent = a2c.make(env, config).init(jax.random.key(0), optax.sgd(0.1))
+    _, rollout, _ = jax.jit(lambda key: a2c.collect(env, config, agent.params, agent, key))(jax.random.key(1))
+
+    def network(params):
+        obs = jax.vmap(jax.vmap(env.observe))(rollout.env_states)
+        return jax.vmap(lambda obs: a2c.apply_network(params, obs))(obs)
+
+    replay = lambda params: a2c.replay(env, params, rollout.env_states, rollout.outputs, piece)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), replay(agent.params), rollout.outputs)
+    loss = lambda outputs: sum(jnp.mean(jnp.sin(x + 1)) for x in outputs)
+    found, expected = (jax.jit(jax.value_and_grad(lambda p: loss(f(p))))(agent.params) for f in (replay, network))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), found, expected)
 
 
 @pytest.mark.parametrize(

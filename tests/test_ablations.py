@@ -54,7 +54,8 @@ def test_the_policys_meta_loss_is_the_policys_part_and_learning_is_unchanged():
 
     def oracle(agent, key):  # -mean(log pi(a|s) advantage), on the same rollout
         _, rollout, _ = a2c.collect(env, agent_config, agent.params, agent, key)
-        logits, values = a2c.apply_network(agent.params, rollout.obs.reshape(-1, *env.obs_shape))
+        obs = jax.vmap(jax.vmap(env.observe))(rollout.env_states)[:, 0]
+        logits, values = a2c.apply_network(agent.params, obs)
         returns = a2c.lambda_returns(rollout.rewards, rollout.dones, values[:, None], agent_config)
         log_probs = jax.nn.log_softmax(logits[:-1])[jnp.arange(20), rollout.actions[:, 0]]
         return -jnp.mean(log_probs * (returns[:, 0] - values[:-1]))
