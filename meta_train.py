@@ -3,7 +3,7 @@
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
     python meta_train.py --preset pendulum                  # a robot, learned by PPO
-    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, 30 minutes
+    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, an hour
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -99,14 +99,15 @@ PRESETS = {
         test_envs=512,
     ),
     "gated_adam": dict(
+        tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"),
         optimizer="gated_adam",
         estimator="nres",
-        num_units=32,
+        num_units=16,
         num_envs=64,
-        meta_steps=3000,
+        meta_steps=1250,
         reset_interval=125,
         sigma=0.4,
-        meta_learning_rate=2e-3,
+        meta_learning_rate=4e-3,
         alpha=(0.03,),
         reward_scale=(1.0,),
     ),

@@ -37,7 +37,7 @@ def unroll(optimizer, grads):
 def numpy_unroll(meta_params, grads, eps, kinds=None):
     """The equations of the file's header, scalar by scalar: updates / alpha, [T, P].
 
-    kinds: of each scalar, (whether its tensor is a vector, the scalars of its tensor); None: all are one vector.
+    kinds: of each scalar, (whether its tensor is a vector, fan-in, fan-out); None: all are one vector.
     """
     theta = {name: np.asarray(x) for name, x in meta_params.items()}
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -46,11 +46,11 @@ def numpy_unroll(meta_params, grads, eps, kinds=None):
     for t, g in enumerate(grads, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-        for i, (vector, tensor_size) in enumerate(kinds or [(True, len(g))] * len(g)):
+        for i, (vector, fan_in, fan_out) in enumerate(kinds or [(True, 64, len(g))] * len(g)):
             signal = np.log(m_hat[i] ** 2 / (v_hat[i] + eps) + 1e-4) / 5
             size = np.log(v_hat[i] / (v_hat.mean() + eps) + 1e-8) / 10
             ages = [np.exp(-t / 10), np.exp(-t / 100), np.exp(-t / 1000)]
-            x = np.array([signal, size, vector, np.log(tensor_size / len(g)) / 5, *ages])
+            x = np.array([signal, size, vector, np.log(fan_in / 64) / 2, np.log(fan_out / 8) / 2, *ages])
             o1, o2 = theta["kernel"] @ x + theta["bias"]
             s = sigmoid(o2)
             updates[t - 1, i] = -np.exp(o1) * ((1 - s) * g[i] + s * m_hat[i]) / np.sqrt(v_hat[i] + eps)
@@ -91,8 +91,8 @@ def test_a_scalar_without_gradient_does_not_move():
     assert not np.any(updates[:, ::4]) and np.all(np.isfinite(updates)) and np.all(updates[:, 1::4])
 
 
-def test_rule_sees_the_kind_of_each_tensor_of_a_tree_and_keeps_shapes_and_dtypes():
-    shapes = {"a": (7, 5), "b": (3,), "c": (), "empty": (0,)}
+def test_rule_sees_the_shape_of_each_tensor_of_a_tree_and_keeps_shapes_and_dtypes():
+    shapes = {"a": (7, 5), "b": (3,), "c": (), "conv": (2, 3, 4, 6), "empty": (0,)}
     grads = [{name: jax.random.normal(jax.random.key(t), shape) for name, shape in shapes.items()} for t in range(3)]
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in grads]
     optimizer = gated_adam.gated_adam(random_meta_params(), 0.1)
@@ -101,7 +101,7 @@ def test_rule_sees_the_kind_of_each_tensor_of_a_tree_and_keeps_shapes_and_dtypes
         update, state = optimizer.update(g, state)
         assert {name: x.shape for name, x in update.items()} == shapes
         updates.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)]))
-    kinds = [(len(shape) < 2, int(np.prod(shape))) for shape in shapes.values() for _ in range(int(np.prod(shape)))]
+    kinds = 35 * [(False, 7, 5)] + 3 * [(True, 64, 3)] + [(True, 64, 1)] + 144 * [(False, 24, 6)]
     expected = 0.1 * numpy_unroll(random_meta_params(), np.stack(flat), eps=1e-16, kinds=kinds)
     np.testing.assert_allclose(np.stack(updates), expected, rtol=1e-3, atol=1e-5)  # float32 against float64
     half = {"w": jnp.ones(3, jnp.bfloat16)}
@@ -134,5 +134,5 @@ def test_learning_rate_may_be_a_schedule():
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
-def test_there_are_18_meta_parameters():
-    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 18
+def test_there_are_20_meta_parameters():
+    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 20
