@@ -3,7 +3,7 @@
     python meta_train.py                                    # two small worlds, 3 minutes on 2 CPU cores
     python meta_train.py --preset paper                     # the paper's six worlds: an accelerator, or a day of CPU
     python meta_train.py --preset pendulum                  # a robot, learned by PPO
-    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, an hour
+    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, 87 minutes
     python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
 
 A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
