@@ -225,7 +225,7 @@ def scores(areas, baselines=BASELINES, resamples=2000):
     """Each optimizer's area under the return curve, in units of the better baseline's, over tasks and seeds.
 
     Args:
-        areas: {(task, optimizer): [R]}, one number a run; every task has both baselines, or it does not count.
+        areas: {(task, optimizer): [R]}, one number a run. A task counts if it has all baselines, the better one above zero.
         baselines: names of optimizers; the better one of a task is that of the higher interquartile mean.
         resamples: of the runs of each task and optimizer, the baseline's too.
     Returns:
@@ -234,6 +234,7 @@ def scores(areas, baselines=BASELINES, resamples=2000):
     iqm = lambda x, axis=None: scipy.stats.trim_mean(x, 0.25, axis=axis)
     tasks = [task for task in dict.fromkeys(task for task, _ in areas) if all((task, b) in areas for b in baselines)]
     better = {task: max(baselines, key=lambda name: iqm(areas[task, name])) for task in tasks}
+    tasks = [task for task in tasks if iqm(areas[task, better[task]]) > 0]  # nothing has a ratio to a loss
     random, result = np.random.default_rng(0), {}
     for optimizer in dict.fromkeys(name for _, name in areas):
         ratios = []  # of each task: [1 + resamples, R], the runs themselves first
@@ -248,6 +249,11 @@ def scores(areas, baselines=BASELINES, resamples=2000):
             mean, *resampled = iqm(np.concatenate(ratios, axis=1), axis=1)
             result[optimizer] = (float(mean), *map(float, np.percentile(resampled, (2.5, 97.5))))
     return result
+
+
+def scores_text(scores):
+    """What scores returned, one line each."""
+    return "\n".join(f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items())
 
 
 def summarize(task, optimizer, alpha, runs):

@@ -263,7 +263,7 @@ def main(argv=None):
         print(
             f"Area under the return curve / that of the better of {' and '.join(compare.BASELINES)}, all tasks and seeds:"
         )
-        print("\n".join(f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()))
+        print(compare.scores_text(scores))
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")

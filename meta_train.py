@@ -287,7 +287,7 @@ def test(config, mesh, folder, learned_params):
     pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
     tasks = {name: suite.make(name, config.test_envs, config.ppo) for name in config.test_tasks}
     rates = {name: config.test_learning_rates or task.learning_rates for name, task in tasks.items()}
-    seeds, key, rows = config.test_seeds, jax.random.key(config.seed + 1), []
+    seeds, key, rows, areas = config.test_seeds, jax.random.key(config.seed + 1), [], {}
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
         for name, optimizer in pairs:
@@ -297,6 +297,7 @@ def test(config, mesh, folder, learned_params):
                 task, optimizer, params, rates[name], seeds, key, mesh, config.test_steps, progress
             )
             rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
+            areas[name, optimizer] = runs.area()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
     save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
@@ -307,6 +308,9 @@ def test(config, mesh, folder, learned_params):
     print(f"Never seen in meta-training: {unseen}.")
     print(f"Interquartile mean [95% bootstrap interval]; {untrained} is {config.optimizer} before meta-training.\n")
     print(compare.table(rows))
+    if scores := compare.scores(areas, baselines=(untrained,)):
+        print(f"\nArea under the return curve / that of {untrained}, all tasks and seeds:")
+        print(compare.scores_text(scores))
 
 
 def main(argv=None):

@@ -234,6 +234,7 @@ def test_scores_are_areas_in_units_of_the_better_baseline():
     mean, low, high = compare.scores(noisy)["mine"]
     assert low < mean < high and 0.02 < high - low < 0.3
     assert compare.scores({("a", "adam"): np.ones(2)}) == {}
+    assert compare.scores({("a", "adam"): -np.ones(2), ("a", "rmsprop"): -np.ones(2)}) == {}
 
 
 def test_points_without_an_ended_episode_take_the_value_before():
