@@ -154,12 +154,11 @@ def collect(env, config, params, agent_state, key):
     """One rollout of the current policy: -> (agent_state, Rollout, metrics)."""
     # Sampled actions carry no derivative, and that of the network's outputs is left to replay: nothing else is kept.
     params = jax.lax.stop_gradient(params)
-    network = lambda env_state: apply_network(params, jax.vmap(env.observe)(env_state))
 
     def step(carry, key):
         env_state, episode_return = carry
         action_key, env_key = jax.random.split(key)
-        outputs = network(env_state)
+        outputs = look(env, params, env_state)
         actions = jax.random.categorical(action_key, outputs[0])
         env_keys = jax.random.split(env_key, config.num_envs)
         next_state, rewards, dones = jax.vmap(env.step)(env_keys, env_state, actions)
@@ -172,7 +171,7 @@ def collect(env, config, params, agent_state, key):
     carry, (seen, actions, rewards, dones, returns) = jax.lax.scan(
         step, carry, jax.random.split(key, config.rollout_length)
     )
-    last_seen = (carry[0], network(carry[0]))
+    last_seen = (carry[0], look(env, params, carry[0]))
     seen = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), seen, last_seen)
     rollout = Rollout(*seen, actions, rewards, dones)
     metrics = {"reward": rewards.mean(), "objective": returns.mean()}
@@ -222,6 +221,11 @@ def apply_network(params, obs):
     return linear("policy", body), linear("value", body)[:, 0]
 
 
+def look(env, params, env_states):
+    """What the network says in env_states, every leaf [B, ...]: (logits [B, A], values [B])."""
+    return apply_network(params, jax.vmap(env.observe)(env_states))
+
+
 def replay(env, params, env_states, outputs, piece=64):
     """The network's outputs in a rollout as a function of its parameters: known already, only their gradient needs a look back.
 
@@ -248,8 +252,7 @@ def replay(env, params, env_states, outputs, piece=64):
 
         def add(total, part):
             states, cotangents = part
-            network = lambda params: apply_network(params, jax.vmap(env.observe)(states))
-            (grads,) = jax.vjp(network, params)[1](cotangents)
+            (grads,) = jax.vjp(lambda params: look(env, params, states), params)[1](cotangents)
             return jax.tree.map(jnp.add, total, grads), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)

@@ -22,19 +22,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import jax
-import matplotlib
 from tqdm import tqdm
 
 import brax_env
 import cli
 import compare
+import figures
 import optim4rl
 import records
 import render
 import suite
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz each
 
@@ -85,28 +82,6 @@ PRESETS = {
     "transfer": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-4, 1e-3, 3e-3)),
     "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
-
-
-def plot(path, curves):
-    """curves: list of (task name, optimizer, Runs). One panel per task: the mean, shaded from the lowest to the highest run."""
-    tasks = list(dict.fromkeys(task for task, _, _ in curves))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 4.5 * len(tasks), 3.6), squeeze=False, layout="constrained")
-    for task, optimizer, runs in curves:
-        axis = axes[0, tasks.index(task)]
-        axis.plot(runs.steps, runs.returns.mean(0), label=optimizer, color=compare.COLORS[optimizer])
-        axis.fill_between(
-            runs.steps,
-            runs.returns.min(0),
-            runs.returns.max(0),
-            alpha=0.2,
-            color=compare.COLORS[optimizer],
-            linewidth=0,
-        )
-        axis.set(title=task, xlabel="environment steps", ylabel="episode return")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-    axes[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def load_weights(config):
@@ -224,19 +199,18 @@ def write_curves(writer, row, runs):
 
 def run_all(config, folder, tasks, meta_params, mesh, stop):
     """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows and compare.scores."""
-    rows, curves = [], []
+    rows, areas = [], {}
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
         for task, optimizer in itertools.product(tasks, config.optimizers):
             row, runs = report(config, folder, task, optimizer, meta_params.get(optimizer), mesh, stop)
             rows.append(row)
-            curves.append((task.name, optimizer, runs))
+            areas[task.name, optimizer] = runs.area()
             write_curves(writer, row, runs)
             file.flush()
     (folder / "summary.json").write_text(json.dumps(rows, indent=1))
-    plot(folder / "curves.png", curves)
-    areas = {(task, optimizer): runs.area() for task, optimizer, runs in curves}
+    figures.learning_curves("curves", [folder], folder)
     return rows, compare.scores(areas)
 
 

@@ -204,14 +204,22 @@ def read_curves(folders):
 
 
 def learning_curves(name, folders, out):
-    """One panel a task: interquartile means over runs, each smoothed over a tenth of its length, and 95% bootstrap intervals."""
+    """A picture NAME.png in the folder out, of the curves.csv in folders; returns its path.
+
+    One panel a task: interquartile means over runs, each smoothed over a tenth of its length, and 95% bootstrap intervals.
+    """
     curves = read_curves(folders)
     tasks = list(dict.fromkeys(task for task, _ in curves))
     if not tasks:
         raise cli.UsageError(f"no runs in {', '.join(folders)}")
-    figure, axes = plt.subplots(1, len(tasks), figsize=(2 + 4 * len(tasks), 3.4), squeeze=False, layout="constrained")
+    columns = len(tasks) if len(tasks) <= 4 else 3
+    grid = -(-len(tasks) // columns), columns
+    size = 2 + 4 * columns, 3.4 * grid[0]
+    figure, axes = plt.subplots(*grid, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
     for (task, optimizer), (steps, returns) in curves.items():
-        axis, color = axes[0, tasks.index(task)], compare.COLORS.get(optimizer, "black")
+        axis, color = axes.flat[tasks.index(task)], compare.COLORS.get(optimizer, "black")
         window = max(1, len(steps) // 10)
         returns = np.lib.stride_tricks.sliding_window_view(returns, window, axis=1).mean(-1)
         mean, low, high = np.transpose([compare.interval(values) for values in returns.T])

@@ -3,11 +3,13 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -63,6 +65,16 @@ def test_a_file_copied_alone_runs_its_example(finished, name):
     program = example(ROOT / f"{name}.py")
     assert name in imports_of(program)
     assert finished[name].returncode == 0, finished[name].stderr
+
+
+def test_the_readme_s_examples_run_as_printed(monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        names = {"params": {"w": jnp.ones((3, 2))}, "grads": {"w": jnp.full((3, 2), 1e-3)}}
+        exec(block, names)
+        assert (names["updates"]["w"] < 0).all()
+    assert len(blocks) == 2
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
