@@ -16,7 +16,7 @@ every scalar as in Optim4RL, see only ratios of them, the shape of the tensor th
 | m, v | Adam's moments; mean v is over all scalars of the agent | like g, zero at first |
 | x | signal to noise, relative size of the gradient, shape of the tensor, age | 8 numbers for each scalar |
 | fan-out, fan-in | the last axis of a tensor, and the product of all others | [] |
-| t | updates so far, with this one | [] |
+| t | updates so far, with this one; x stops counting at 500 | [] |
 | theta | meta_params, 20 numbers | see init_meta_params |
 | alpha | learning_rate: a number, a traced array or an optax schedule | [] |
 
@@ -42,7 +42,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-TIMESCALES = (10.0, 100.0, 1000.0)  # updates; an agent much older than the last one is always the same age
+TIMESCALES = (10.0, 100.0, 1000.0)  # updates
+MAX_AGE = 500  # updates: the age of the oldest agents of meta-training; of an older one the gates have learned nothing
 NUM_INPUTS = 5 + len(TIMESCALES)
 
 
@@ -82,7 +83,7 @@ def gates(meta_params, m, v, mean_v, count, eps):
     signal = jnp.log(m**2 / (v + eps) + 1e-4) / 5  # 1e-4, 1e-8: logarithms of what is almost zero stay in range
     size = jnp.log(v / (mean_v + eps) + 1e-8) / 10
     tensor = jnp.array(shape_inputs(m.shape), v.dtype)
-    ages = jnp.exp(-count / jnp.array(TIMESCALES, v.dtype))
+    ages = jnp.exp(-jnp.minimum(count, MAX_AGE) / jnp.array(TIMESCALES, v.dtype))
     kernel = meta_params["kernel"]
     shared = kernel[:, 2:] @ jnp.concatenate([tensor, ages]) + meta_params["bias"]  # (2,), the same in all of a tensor
     return [k[0] * signal + k[1] * size + o for k, o in zip(kernel, shared)]

@@ -84,6 +84,13 @@ def test_rule_does_not_see_the_scale_of_the_gradients_and_is_odd_in_them():
     np.testing.assert_array_equal(unroll(optimizer, -grads), -updates)
 
 
+def test_gates_stop_counting_at_the_age_of_the_oldest_agents_of_meta_training():
+    meta_params, moments = random_meta_params(), (jnp.full(3, 0.1), jnp.full(3, 0.2), 0.2)
+    young, oldest, older = (gated_adam.gates(meta_params, *moments, age, eps=1e-16) for age in (499, 500, 50_000))
+    np.testing.assert_array_equal(oldest, older)
+    assert (np.array(young) != oldest).any()
+
+
 def test_a_scalar_without_gradient_does_not_move():
     grads = random_grads(5, 8, 40).astype(np.float32)
     grads[:, ::4] = 0
