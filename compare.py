@@ -234,11 +234,13 @@ def scores(areas, baselines=BASELINES, resamples=2000):
     iqm = lambda x, axis=None: scipy.stats.trim_mean(x, 0.25, axis=axis)
     tasks = [task for task in dict.fromkeys(task for task, _ in areas) if all((task, b) in areas for b in baselines)]
     better = {task: max(baselines, key=lambda name: iqm(areas[task, name])) for task in tasks}
-    tasks = [task for task in tasks if iqm(areas[task, better[task]]) > 0]  # nothing has a ratio to a loss
+    better = {
+        task: name for task, name in better.items() if iqm(areas[task, name]) > 0
+    }  # nothing has a ratio to a loss
     random, result = np.random.default_rng(0), {}
     for optimizer in dict.fromkeys(name for _, name in areas):
         ratios = []  # of each task: [1 + resamples, R], the runs themselves first
-        for task in (task for task in tasks if (task, optimizer) in areas):
+        for task in (task for task in better if (task, optimizer) in areas):
             draws = []
             for name in (optimizer, better[task]):
                 values = np.asarray(areas[task, name], float)
@@ -251,9 +253,11 @@ def scores(areas, baselines=BASELINES, resamples=2000):
     return result
 
 
-def scores_text(scores):
-    """What scores returned, one line each."""
-    return "\n".join(f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items())
+def scores_text(scores, unit):
+    """What scores returned, in units of what unit names: a heading, and a line for each optimizer."""
+    lines = [f"Area under the return curve / that of {unit}, all tasks and seeds:"]
+    lines += [f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()]
+    return "\n".join(lines)
 
 
 def summarize(task, optimizer, alpha, runs):

@@ -234,10 +234,7 @@ def main(argv=None):
         rows, scores = run_all(config, folder, tasks, meta_params, mesh, stop)
     print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
     if scores:
-        print(
-            f"Area under the return curve / that of the better of {' and '.join(compare.BASELINES)}, all tasks and seeds:"
-        )
-        print(compare.scores_text(scores))
+        print(compare.scores_text(scores, f"the better of {' and '.join(compare.BASELINES)}"))
     if any(task.play for task in tasks):
         print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")

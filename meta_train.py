@@ -309,8 +309,7 @@ def test(config, mesh, folder, learned_params):
     print(f"Interquartile mean [95% bootstrap interval]; {untrained} is {config.optimizer} before meta-training.\n")
     print(compare.table(rows))
     if scores := compare.scores(areas, baselines=(untrained,)):
-        print(f"\nArea under the return curve / that of {untrained}, all tasks and seeds:")
-        print(compare.scores_text(scores))
+        print(f"\n{compare.scores_text(scores, untrained)}")
 
 
 def main(argv=None):
