@@ -51,8 +51,9 @@ class Config:
     num_envs: int = _knob(1, "environments of a unit; a robot's are among PPO's settings")
     ppo: str = _knob("small", "PPO's settings, for robots: paper, or small ones of our own")
     meta_steps: int = _knob(400, "length of the run")
-    reset_interval: int = _knob(
-        72, "m: meta-steps in the life of a unit; 0: no resets, which is training without pipeline"
+    reset_interval: tuple[int, ...] = _knob(
+        (72,),
+        "m: meta-steps in the life of a unit, for all tasks or one each; 0: no resets, which is training without pipeline",
     )
     inner_updates: int = _knob(4, "agent updates in a meta-step")
     estimator: str = _knob(
@@ -93,7 +94,7 @@ PRESETS = {
         tasks=suite.PAPER_WORLDS,
         num_units=512,
         meta_steps=585,
-        reset_interval=288,
+        reset_interval=(288,),
         test_tasks=gridworld.NAMES,
         test_steps=5e6,
         test_envs=512,
@@ -105,7 +106,7 @@ PRESETS = {
         num_units=16,
         num_envs=64,
         meta_steps=1250,
-        reset_interval=125,
+        reset_interval=(125,),
         sigma=0.4,
         meta_learning_rate=4e-3,
         alpha=(0.03,),
@@ -115,7 +116,7 @@ PRESETS = {
         tasks=("inverted_pendulum",),
         num_units=8,
         meta_steps=100,
-        reset_interval=12,
+        reset_interval=(12,),
         alpha=(3e-4,),
         meta_learning_rate=5e-3,
         test_tasks=("inverted_pendulum",),
@@ -124,40 +125,41 @@ PRESETS = {
 }
 
 
-def per_task(values, config, which):
-    """One number per task, from a flag's none (the paper's), one or many; which: of suite.meta_defaults."""
-    if not values:
+def per_task(config, name):
+    """One number per task, from a flag that gives one for all, or one each; the paper's where it gives none."""
+    values = getattr(config, name)
+    if not values and name != "reset_interval":
+        which = ("reward_scale", "alpha").index(name)
         return [suite.meta_defaults(task, config.ppo)[which] for task in config.tasks]
     if len(values) not in (1, len(config.tasks)):
-        raise cli.UsageError(f"{len(values)} values {values} for {len(config.tasks)} tasks; give one, or one each")
+        flag, given = name.replace("_", "-"), ",".join(map(str, values)) or "empty"
+        raise cli.UsageError(f"--{flag} is {given}, for {len(config.tasks)} tasks; give one number, or one each")
     return list(values) * (len(config.tasks) // len(values))
 
 
 def metric_scales(config):
     """What rewards in the metrics of each task are multiplied by: worlds scale their rewards, robots leave it to PPO's loss."""
-    scales = per_task(config.reward_scale, config, 0)
+    scales = per_task(config, "reward_scale")
     return [1.0 if task in brax_env.NAMES else scale for task, scale in zip(config.tasks, scales)]
 
 
-def pipeline_config(config):
-    return pipeline.Config(
-        config.num_units, config.reset_interval, config.inner_updates, config.estimator, sigma=config.sigma
-    )
+def pipeline_configs(config):
+    """pipeline.Config of each task."""
+    rest = (config.inner_updates, config.estimator, config.sigma)
+    return [pipeline.Config(config.num_units, interval, *rest) for interval in per_task(config, "reset_interval")]
 
 
 def make_tasks(config, mesh):
     """The pipeline's tasks."""
     make_learned = LEARNED_OPTIMIZERS[config.optimizer].make
-    settings = pipeline_config(config)
 
-    def make_task(name, alpha, reward_scale):
+    def make_task(name, alpha, reward_scale, settings):
         learner = suite.make_unit(name, reward_scale, config.num_envs, config.ppo)
         make_optimizer = lambda meta_params: suite.clipped(name, make_learned(meta_params, alpha))
         return pipeline.make_task(learner, make_optimizer, settings, mesh)
 
-    return list(
-        map(make_task, config.tasks, per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0))
-    )
+    alphas, reward_scales = per_task(config, "alpha"), per_task(config, "reward_scale")
+    return list(map(make_task, config.tasks, alphas, reward_scales, pipeline_configs(config)))
 
 
 def check(config):
@@ -185,6 +187,8 @@ def check(config):
         "checkpoint_every",
     )
     cli.check_positive(config, positive + ("alpha", "reward_scale", "test_learning_rates"))
+    for name in ("alpha", "reward_scale", "reset_interval"):
+        per_task(config, name)
     if not 0 <= config.task_grad_norm < math.inf:
         raise cli.UsageError(f"--task-grad-norm is {config.task_grad_norm}; it must be positive, or 0")
 
@@ -318,8 +322,8 @@ def main(argv=None):
     cli.join_processes(config.coordinator, config.num_processes, config.process_id)
     mesh = cli.use_devices(config.devices, divides=config.num_units)
     try:
-        pipeline.check(pipeline_config(config), mesh.devices.size)
-        per_task(config.alpha, config, 1), per_task(config.reward_scale, config, 0)
+        for settings in pipeline_configs(config):
+            pipeline.check(settings, mesh.devices.size)
     except ValueError as error:
         raise cli.UsageError(error) from None
     folder = (

@@ -150,7 +150,7 @@ def tiny_units(monkeypatch):
 
 def test_units_on_two_devices_are_reset_in_turn(tiny_units):
     config = meta_train.Config(
-        tasks=("inverted_pendulum",), num_units=2, reset_interval=3, inner_updates=1, estimator="pes", alpha=(0.05,)
+        tasks=("inverted_pendulum",), num_units=2, reset_interval=(3,), inner_updates=1, estimator="pes", alpha=(0.05,)
     )
     (task,) = meta_train.make_tasks(config, jax.sharding.Mesh(jax.devices()[:2], ("units",)))
     units, ages = task.init(some_meta_params(), jax.random.key(1)), []
@@ -164,11 +164,14 @@ def test_units_on_two_devices_are_reset_in_turn(tiny_units):
     assert metrics["reward"] == 1 and metrics["diverged"] == 0 and optax.tree.norm(meta_grads) > 0
 
 
+def test_each_task_has_its_own_reset_interval():
+    config = meta_train.Config(tasks=("catch", "inverted_pendulum"), num_units=5, reset_interval=(125, 9))
+    assert [(c.num_units, c.reset_interval) for c in meta_train.pipeline_configs(config)] == [(5, 125), (5, 9)]
+
+
 def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
     folder = tmp_path / "run"
-    flags = (
-        "--tasks small_dense_short,inverted_pendulum --num-units 2 --meta-steps 3 --reset-interval 2 --inner-updates 1"
-    )
+    flags = "--tasks small_dense_short,inverted_pendulum --num-units 2 --meta-steps 3 --reset-interval 2,3 --inner-updates 1"
     code, _, err = finish("meta_train.py", f"{flags} --test-tasks , --out {folder}")
     assert code == 0, err
     rows = read_csv(folder / "metrics.csv")

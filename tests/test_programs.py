@@ -123,6 +123,8 @@ def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
         (dict(meta_steps=-1), "--meta-steps is -1"),
         (dict(meta_learning_rate=float("nan")), "--meta-learning-rate is nan"),
         (dict(alpha=(1e-3, -1.0)), "--alpha is -1.0"),
+        (dict(alpha=(1e-3, 1e-3, 1e-3)), "--alpha is 0.001,0.001,0.001, for 2 tasks"),
+        (dict(reset_interval=()), "--reset-interval is empty, for 2 tasks"),
     ],
 )
 def test_impossible_meta_training_is_refused(changes, message):
