@@ -40,11 +40,16 @@ DEFAULT_OPTIMIZERS = tuple(OPTIMIZERS)
 OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
 UNTRAINED = {name: "untrained" if name == "optim4rl" else f"untrained_{name}" for name in LEARNED}
 OPTIMIZERS |= {UNTRAINED[name]: learned.make for name, learned in LEARNED.items()}
+# The memory that untrained GatedAdam has, b2 = 0.99 and bias-corrected, without its form
+OPTIMIZERS |= {
+    "adam_99": lambda meta_params, alpha: optax.adam(alpha, b2=0.99),
+    "rmsprop_99": lambda meta_params, alpha: optax.rmsprop(alpha, decay=0.99, bias_correction=True),
+}
 COLORS = dict(
     zip(
         OPTIMIZERS,
         ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink")
-        + ("tab:olive", "tab:cyan", "black", "gold"),
+        + ("tab:olive", "tab:cyan", "black", "gold", "navy", "darkgreen"),
     )
 )
 BASELINES = ("adam", "rmsprop")  # designed by hand

@@ -172,7 +172,7 @@ def _to_pieces(tree, dtype):
 def _update_pieces(constants, hidden, g):
     """update_rule piece by piece: (meta_params, eps), hidden of Optim4RLState, g [K, C] -> (hidden, delta [K, C])."""
     meta_params, eps = constants
-    return _map_pieces(lambda hidden, g: update_rule(meta_params, hidden, g, eps), hidden, g)
+    return _replace_pieces(lambda hidden, g: update_rule(meta_params, hidden, g, eps), hidden, g)
 
 
 def _update_pieces_forward(*inputs):
@@ -183,11 +183,13 @@ def _update_pieces_backward(inputs, cotangents):
     # The gates of a piece are 20 times its hidden state: they are not kept but computed again, piece by piece.
     constants, hidden, g = inputs
 
-    def pull_back(hidden, g, cotangent):
+    def pull_back(hidden_cotangent, hidden, g, delta_cotangent):
         rule = lambda constants, hidden: update_rule(constants[0], hidden, g, constants[1])
-        return jax.vjp(rule, constants, hidden)[1](cotangent)
+        of_constants, of_hidden = jax.vjp(rule, constants, hidden)[1]((hidden_cotangent, delta_cotangent))
+        return of_hidden, of_constants
 
-    of_constants, of_hidden = _map_pieces(pull_back, hidden, g, cotangents)
+    hidden_cotangents, delta_cotangents = cotangents
+    of_hidden, of_constants = _replace_pieces(pull_back, hidden_cotangents, hidden, g, delta_cotangents)
     # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
     return jax.tree.map(lambda x: x.sum(0), of_constants), of_hidden, jnp.zeros_like(g)
 
@@ -195,14 +197,27 @@ def _update_pieces_backward(inputs, cotangents):
 _update_pieces.defvjp(_update_pieces_forward, _update_pieces_backward)
 
 
-def _map_pieces(function, *xs):
-    """jax.lax.map(lambda piece: function(*piece), xs), 2 to 5 times faster on a CPU; not to be differentiated."""
-    # A loop carries each piece into the next iteration. Were it cut out where it is used, XLA would fuse the cutting with
-    # the arithmetic, and compute that one scalar at a time.
-    num_pieces = len(jax.tree.leaves(xs)[0])
-    cut = lambda i: jax.tree.map(lambda x: x[i], xs)
-    following = (1 + jnp.arange(num_pieces)) % num_pieces
-    return jax.lax.scan(lambda piece, i: (cut(i), function(*piece)), cut(0), following)[1]
+def _replace_pieces(function, state, *xs):
+    """Maps (piece of state, *pieces of xs) -> (new piece of state, y), where a piece is an index of the leading axis: (state, ys).
+
+    Fast on a CPU; not to be differentiated.
+    """
+    # The loop carries the state and overwrites each piece where it lies: new ones stacked by jax.lax.map would cost three
+    # more passes over the memory. A piece is written before the next one is read, or else XLA copies the whole state
+    # for each; and the next one is read an iteration ahead, or else XLA fuses the reading with the arithmetic, and
+    # computes that one scalar at a time.
+    read = lambda trees, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), trees)
+    write = lambda x, new, i: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0)
+
+    def step(carry, i):
+        state, piece = carry
+        new, y = function(*piece)
+        state = jax.tree.map(lambda x, new: write(x, new, i), state, new)
+        return (state, read((state, *xs), i + 1)), y  # beyond the last piece: the last again, which nobody uses
+
+    num_pieces = len(jax.tree.leaves(state)[0])
+    (state, _), ys = jax.lax.scan(step, (state, read((state, *xs), 0)), jnp.arange(num_pieces))
+    return state, ys
 
 
 def _from_pieces(pieces, tree):
