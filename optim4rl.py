@@ -140,7 +140,8 @@ def optim4rl(meta_params, learning_rate, eps=1e-8):
 
     def update_fn(updates, state, params=None):
         del params
-        g = _to_pieces(updates, dtype)  # (K, C)
+        # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
+        g = jax.lax.stop_gradient(_to_pieces(updates, dtype))  # (K, C)
         hidden, delta = _update_pieces((meta_params, eps), state.hidden, g)
         alpha = learning_rate(state.count) if callable(learning_rate) else learning_rate
         updates = _from_pieces(alpha * delta, updates)
@@ -190,8 +191,7 @@ def _update_pieces_backward(inputs, cotangents):
 
     hidden_cotangents, delta_cotangents = cotangents
     of_hidden, of_constants = _replace_pieces(pull_back, hidden_cotangents, hidden, g, delta_cotangents)
-    # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
-    return jax.tree.map(lambda x: x.sum(0), of_constants), of_hidden, jnp.zeros_like(g)
+    return jax.tree.map(lambda x: x.sum(0), of_constants), of_hidden, jnp.zeros_like(g)  # g is a constant
 
 
 _update_pieces.defvjp(_update_pieces_forward, _update_pieces_backward)

@@ -117,6 +117,21 @@ def test_no_derivative_flows_through_the_gradients():
     assert not np.any(jax.grad(lambda g: optimizer.update(g, optimizer.init(g))[0].sum())(jnp.array([0.5, -2.0])))
 
 
+def test_nor_is_one_computed():
+    """In vain, with zeros: it would cost the agent's backward pass once more, and the memory of its activations."""
+
+    def meta_loss(meta_params):
+        params, optimizer = jnp.linspace(0.1, 1.0, 5), optim4rl.optim4rl(meta_params, 0.1)
+        state = optimizer.init(params)
+        for _ in range(2):
+            updates, state = optimizer.update(jnp.sin(params), state)  # a gradient whose derivative is a cosine
+            params = optax.apply_updates(params, updates)
+        return (params**2).sum()
+
+    compiled = jax.jit(jax.grad(meta_loss)).lower(optim4rl.init_meta_params(jax.random.key(0))).compile().as_text()
+    assert " sine(" in compiled and "cosine(" not in compiled
+
+
 def test_there_are_514_meta_parameters():
     assert sum(x.size for x in jax.tree.leaves(optim4rl.init_meta_params(jax.random.key(0)))) == 514
     with pytest.raises(ValueError, match="hidden_size is 0"):
