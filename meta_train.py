@@ -72,7 +72,7 @@ class Config:
     )
     test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
     test_envs: int = _knob(64, "environments of an agent in the final table; a robot's are among PPO's settings")
-    test_seeds: int = _knob(4, "runs of each optimizer in the final table")
+    test_seeds: int = _knob(10, "runs of each optimizer in the final table")
     test_learning_rates: tuple[float, ...] = _knob(
         (), "step sizes among which every optimizer of the table is tuned; none: the task's grid"
     )
