@@ -80,7 +80,7 @@ def meta_run(config, folder, task, optimizer, rate, mesh):
         optimizer=optimizer,
         num_units=config.num_units,
         meta_steps=config.meta_steps,
-        reset_interval=config.reset_interval,
+        reset_interval=(config.reset_interval,),
         alpha=(suite.meta_defaults(task)[1] * compare.alpha_factor(optimizer),),
         meta_learning_rate=rate,
         test_tasks=(),
