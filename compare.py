@@ -239,9 +239,7 @@ def scores(areas, baselines=BASELINES, resamples=2000):
     iqm = lambda x, axis=None: scipy.stats.trim_mean(x, 0.25, axis=axis)
     tasks = [task for task in dict.fromkeys(task for task, _ in areas) if all((task, b) in areas for b in baselines)]
     better = {task: max(baselines, key=lambda name: iqm(areas[task, name])) for task in tasks}
-    better = {
-        task: name for task, name in better.items() if iqm(areas[task, name]) > 0
-    }  # nothing has a ratio to a loss
+    better = {task: b for task, b in better.items() if iqm(areas[task, b]) > 0}  # nothing has a ratio to a loss
     random, result = np.random.default_rng(0), {}
     for optimizer in dict.fromkeys(name for _, name in areas):
         ratios = []  # of each task: [1 + resamples, R], the runs themselves first

@@ -81,7 +81,7 @@ def meta_run(config, folder, task, optimizer, rate, mesh):
         num_units=config.num_units,
         meta_steps=config.meta_steps,
         reset_interval=(config.reset_interval,),
-        alpha=(suite.meta_defaults(task)[1] * compare.alpha_factor(optimizer),),
+        alpha=(suite.meta_defaults(task).alpha * compare.alpha_factor(optimizer),),
         meta_learning_rate=rate,
         test_tasks=(),
         seed=config.seed,

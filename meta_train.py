@@ -128,9 +128,8 @@ PRESETS = {
 def per_task(config, name):
     """One number per task, from a flag that gives one for all, or one each; the paper's where it gives none."""
     values = getattr(config, name)
-    if not values and name != "reset_interval":
-        which = ("reward_scale", "alpha").index(name)
-        return [suite.meta_defaults(task, config.ppo)[which] for task in config.tasks]
+    if not values and name in suite.MetaDefaults._fields:
+        return [getattr(suite.meta_defaults(task, config.ppo), name) for task in config.tasks]
     if len(values) not in (1, len(config.tasks)):
         flag, given = name.replace("_", "-"), ",".join(map(str, values)) or "empty"
         raise cli.UsageError(f"--{flag} is {given}, for {len(config.tasks)} tasks; give one number, or one each")

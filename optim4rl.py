@@ -207,12 +207,11 @@ def _replace_pieces(function, state, *xs):
     # for each; and the next one is read an iteration ahead, or else XLA fuses the reading with the arithmetic, and
     # computes that one scalar at a time.
     read = lambda trees, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), trees)
-    write = lambda x, new, i: jax.lax.dynamic_update_index_in_dim(x, new, i, axis=0)
 
     def step(carry, i):
         state, piece = carry
         new, y = function(*piece)
-        state = jax.tree.map(lambda x, new: write(x, new, i), state, new)
+        state = jax.tree.map(lambda x, n: jax.lax.dynamic_update_index_in_dim(x, n, i, axis=0), state, new)
         return (state, read((state, *xs), i + 1)), y  # beyond the last piece: the last again, which nobody uses
 
     num_pieces = len(jax.tree.leaves(state)[0])

@@ -98,6 +98,13 @@ class Task(NamedTuple):
     play: Callable | None = None
 
 
+class MetaDefaults(NamedTuple):
+    """What a task has in meta-training where no flag says otherwise."""
+
+    reward_scale: float
+    alpha: float
+
+
 @functools.cache
 def make(name, num_envs=None, ppo_settings="small"):
     """The Task of that name. ValueError if there is none, or if a size makes no sense."""
@@ -134,10 +141,10 @@ def make_unit(name, reward_scale, num_envs=1, ppo_settings="small"):
 
 
 def meta_defaults(name, ppo_settings="small"):
-    """(reward_scale, alpha) of a task in meta-training."""
+    """MetaDefaults of a task."""
     if name in brax_env.NAMES:
-        return _meta_ppo(name, ppo_settings).reward_scale, 3e-4 if ppo_settings == "paper" else 1e-3
-    return _META_WORLDS.get(name, (1.0, 1e-2))
+        return MetaDefaults(_meta_ppo(name, ppo_settings).reward_scale, 3e-4 if ppo_settings == "paper" else 1e-3)
+    return MetaDefaults(*_META_WORLDS.get(name, (1.0, 1e-2)))
 
 
 def clipped(name, optimizer):
