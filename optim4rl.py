@@ -23,7 +23,9 @@ Example:
     params = {"w": jax.numpy.ones(3)}
     updates, opt_state = optimizer.update(params, optimizer.init(params))
 
-Deviations: the read-out weights start at zero, not LeCun-normal, so that the untrained rule is exactly sign descent.
+Deviations: the read-out weights start at zero, not LeCun-normal, so that the untrained rule is exactly sign descent. The
+biases of the GRUs do not start at zero, which would leave a hidden state that sees only an agent's small gradients near zero for
+ever: they make it a clock (after Tallec and Ollivier 2018), and what reads eight clocks can learn a schedule.
 Copy this file: needs jax, optax, numpy.
 """
 
@@ -38,6 +40,7 @@ import numpy as np
 import optax
 
 FORMAT_VERSION = 1
+TIMESCALES = (4.0, 400.0)  # updates: how fast the fastest and the slowest hidden state of an untrained rule move
 PIECE = 2048  # scalars updated at a time: their gates then fit a core's cache, which halves the time on a CPU
 
 
@@ -67,12 +70,15 @@ def init_meta_params(key, hidden_size=8):
         raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
 
     def init_moment(key):
-        input_key, recurrent_key = jax.random.split(key)
+        input_key, recurrent_key, sign_key = jax.random.split(key, 3)
+        # A hidden state that sees nothing goes towards 1 or -1, slowed down by its update gate, s(b_z) = 1 - 1 / timescale.
+        update_bias = jnp.log(jnp.geomspace(*TIMESCALES, hidden_size) - 1)
+        candidate_bias = jax.random.rademacher(sign_key, (hidden_size,), update_bias.dtype)
         lecun_normal = jax.nn.initializers.lecun_normal()
         orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (hidden_size, hidden_size)))
         return {
             "input_kernel": lecun_normal(input_key, (1, 3 * hidden_size))[0],  # fan-in 1: the gradient
-            "input_bias": jnp.zeros(3 * hidden_size),
+            "input_bias": jnp.concatenate([jnp.zeros(hidden_size), update_bias, candidate_bias]),
             "recurrent_kernel": orthogonal(jax.random.split(recurrent_key, 3)).reshape(3 * hidden_size, hidden_size),
             "candidate_bias": jnp.zeros(hidden_size),
             "readout_kernel": jnp.zeros(hidden_size),

@@ -144,6 +144,18 @@ def test_untrained_rule_is_exactly_sign_descent():
     np.testing.assert_array_equal(unroll(optimizer, grads)[0], -np.float32(0.03) * np.sign(grads))
 
 
+def test_the_read_out_of_an_untrained_rule_that_sees_nothing_can_be_any_smooth_schedule():
+    cell = optim4rl.init_meta_params(jax.random.key(2))["m"]
+    step = lambda h, x: (optim4rl.gru(cell, h, x), h[:, 0])
+    _, clocks = jax.lax.scan(step, jnp.zeros((8, 1)), jnp.zeros((500, 1)))  # (500, 8)
+    t = np.arange(500)
+    for schedule in (-2 * t / 500, -np.log(1 + t / 50), np.cos(np.pi * t / 500)):
+        features = np.column_stack([clocks, np.ones(500)])
+        weights = np.linalg.lstsq(features, schedule, rcond=None)[0]
+        np.testing.assert_allclose(features @ weights, schedule, atol=0.1)
+        assert abs(weights).max() < 20
+
+
 def test_update_is_against_the_gradient_whatever_the_weights():
     grads = random_grads(8, 10, 100).astype(np.float32)
     for seed in range(3):
