@@ -229,6 +229,9 @@ def read_config(config_class, folder):
     """The config of the run in a folder."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_text())["config"]
+        for field in dataclasses.fields(config_class):
+            if isinstance(values[field.name], list) != (typing.get_origin(field.type) is tuple):
+                raise ValueError(f"{field.name} is {values[field.name]}, as an earlier version had it")
         return config_class(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         )

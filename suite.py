@@ -140,11 +140,17 @@ def make_unit(name, reward_scale, num_envs=1, ppo_settings="small"):
     return ppo.make(brax_env.make(name), replace(_meta_ppo(name, ppo_settings), reward_scale=reward_scale))
 
 
-def meta_defaults(name, ppo_settings="small"):
-    """MetaDefaults of a task."""
+def meta_defaults(name, ppo_settings="small", estimator="gradient"):
+    """MetaDefaults of a task, for a name in pipeline.ESTIMATORS.
+
+    In worlds the paper's belong to the paper's gradient. What sees whole lives (pes, nres) learns from rewards as they are
+    tested, and begins with larger steps than any constant alpha could: they become smaller as it learns a schedule.
+    """
     if name in brax_env.NAMES:
         return MetaDefaults(_meta_ppo(name, ppo_settings).reward_scale, 3e-4 if ppo_settings == "paper" else 1e-3)
-    return MetaDefaults(*_META_WORLDS.get(name, (1.0, 1e-2)))
+    if estimator == "gradient":
+        return MetaDefaults(*_META_WORLDS.get(name, (1.0, 1e-2)))
+    return MetaDefaults(1.0, 0.1 if name.startswith("small") else 0.03)
 
 
 def clipped(name, optimizer):

@@ -1,5 +1,6 @@
 """The programs as a user runs them: real processes, real files."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -113,6 +114,16 @@ def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
     assert code == 2 and message in err and len(err.splitlines()) == 1
 
 
+def test_a_config_of_an_earlier_version_is_refused(tmp_path):
+    values = dataclasses.asdict(meta_train.Config())
+    (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+    assert cli.read_config(meta_train.Config, tmp_path) == meta_train.Config()
+    for name, value in (("reset_interval", 72), ("num_units", [64])):
+        (tmp_path / "config.json").write_text(json.dumps({"config": values | {name: value}}))
+        with pytest.raises(cli.UsageError, match=f"holds no run to resume .{name} is "):
+            cli.read_config(meta_train.Config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -121,6 +132,7 @@ def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
         (dict(test_tasks=("moon",)), "unknown task 'moon'"),
         (dict(num_envs=0), "--num-envs is 0"),
         (dict(meta_steps=-1), "--meta-steps is -1"),
+        (dict(meta_decay=-0.5), "--meta-decay is -0.5"),
         (dict(meta_learning_rate=float("nan")), "--meta-learning-rate is nan"),
         (dict(alpha=(1e-3, -1.0)), "--alpha is -1.0"),
         (dict(alpha=(1e-3, 1e-3, 1e-3)), "--alpha is 0.001,0.001,0.001, for 2 tasks"),
