@@ -100,7 +100,7 @@ PRESETS = {
         sigma=0.1,
         meta_learning_rate=1e-2,
         meta_decay=0.0,
-        test_learning_rates=(1e-2, 2e-2, 5e-2, 1e-1),
+        test_learning_rates=(1e-2, 2e-2, 3e-2, 5e-2, 1e-1),
     ),
     "gradient": {},  # the paper's estimator, and as much of its pipeline as 2 CPU cores train in 2 minutes
     "paper": dict(

@@ -15,7 +15,7 @@ from programs import finish, read_csv, start
 import optim4rl
 
 
-FLAGS = "--tasks catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks , --checkpoint-every 1e-9"
+FLAGS = "--preset gradient --tasks catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks , --checkpoint-every 1e-9"
 
 
 @pytest.fixture(scope="module")

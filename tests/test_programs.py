@@ -208,7 +208,7 @@ def test_each_learned_optimizer_takes_its_own_weights_by_name(tmp_path):
 
 
 def test_star_is_meta_trained_and_evaluated_by_name(tmp_path):
-    flags = "--optimizer star --tasks catch --num-units 2 --meta-steps 2 --reset-interval 2 --test-tasks catch"
+    flags = "--preset gradient --optimizer star --tasks catch --num-units 2 --meta-steps 2 --reset-interval 2 --test-tasks catch"
     code, out, err = finish("meta_train.py", f"{flags} {TINY_TEST} --out {tmp_path / 'meta'}")
     assert code == 0 and "untrained_star" in out, err
     flags = f"--tasks catch --optimizers star,adam --weights star={tmp_path / 'meta' / 'optimizer.npz'} --learning-rate 1e-3"

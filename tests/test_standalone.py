@@ -10,6 +10,7 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -68,13 +69,16 @@ def test_a_file_copied_alone_runs_its_example(finished, name):
 
 
 def test_the_readme_s_examples_run_as_printed(monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    *optimizers, schedule = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(ROOT)
-    for block in blocks:
+    for block in optimizers:
         names = {"params": {"w": jnp.ones((3, 2))}, "grads": {"w": jnp.full((3, 2), 1e-3)}}
         exec(block, names)
         assert (names["updates"]["w"] < 0).all()
-    assert len(blocks) == 2
+    assert len(optimizers) == 2
+    exec(schedule, names := {})
+    printed = [float(number) for number in re.findall(r"0?\.\d+", schedule.split("#")[1])]
+    np.testing.assert_allclose(-names["updates"][np.array([0, 59, 124, 249, 487]), 0], printed, atol=6e-4)
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
