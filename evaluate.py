@@ -79,7 +79,7 @@ PRESETS = {
         seeds=10,
         steps=5e6,
     ),
-    "transfer": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-4, 1e-3, 3e-3)),
+    "transfer": dict(tasks=tuple(suite.PAPER_PPO)),
     "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 

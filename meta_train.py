@@ -62,7 +62,9 @@ class Config:
     )
     sigma: float = _knob(0.03, "standard deviation of the perturbations of the meta-parameters by pes and nres")
     meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
-    meta_decay: float = _knob(1.0, "part of that step size at the end of the run, to which it falls linearly; 1: constant")
+    meta_decay: float = _knob(
+        1.0, "part of that step size at the end of the run, to which it falls linearly; 1: constant"
+    )
     meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
     task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
     alpha: tuple[float, ...] = _knob(

@@ -143,8 +143,8 @@ def make_unit(name, reward_scale, num_envs=1, ppo_settings="small"):
 def meta_defaults(name, ppo_settings="small", estimator="gradient"):
     """MetaDefaults of a task, for a name in pipeline.ESTIMATORS.
 
-    In worlds the paper's belong to the paper's gradient. What sees whole lives (pes, nres) learns from rewards as they are
-    tested, and begins with larger steps than any constant alpha could: they become smaller as it learns a schedule.
+    In worlds the paper's belong to the paper's gradient. An estimator that sees whole lives (pes, nres) learns from rewards as
+    they are tested, and begins with a step that is too large for all of a life: what it learns is a way down.
     """
     if name in brax_env.NAMES:
         return MetaDefaults(_meta_ppo(name, ppo_settings).reward_scale, 3e-4 if ppo_settings == "paper" else 1e-3)

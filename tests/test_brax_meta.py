@@ -233,6 +233,18 @@ def test_reward_scales_of_metrics_are_the_worlds_own():
     assert meta_train.metric_scales(dataclasses.replace(config, reward_scale=(7.0,))) == [7.0, 1.0]
 
 
+def test_what_no_flag_says_depends_on_task_and_estimator():
+    tasks = ("small_dense_long", "big_dense_long", "ant")
+    for estimator, alphas, reward_scales in (
+        ("gradient", [1e-3, 3e-3, 1e-3], [1e3, 1.0, 0.1]),
+        ("nres", [0.1, 0.03, 1e-3], [1.0, 1.0, 0.1]),
+    ):
+        config = meta_train.Config(tasks=tasks, estimator=estimator)
+        assert meta_train.per_task(config, "alpha") == alphas
+        assert meta_train.per_task(config, "reward_scale") == reward_scales
+    assert meta_train.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
