@@ -71,14 +71,14 @@ def init_meta_params(key, hidden_size=8):
 
     def init_moment(key):
         input_key, recurrent_key, sign_key = jax.random.split(key, 3)
-        # A hidden state that sees nothing goes towards 1 or -1, slowed down by its update gate, s(b_z) = 1 - 1 / timescale.
-        update_bias = jnp.log(jnp.geomspace(*TIMESCALES, hidden_size) - 1)
-        candidate_bias = jax.random.rademacher(sign_key, (hidden_size,), update_bias.dtype)
+        # Clocks: a hidden state that sees nothing leaves 0 for 1 or -1, at the pace of its update gate, s(b_z) = 1 - 1 / timescale.
+        b_z = jnp.log(jnp.geomspace(*TIMESCALES, hidden_size) - 1)
+        b_n = jax.random.rademacher(sign_key, (hidden_size,), b_z.dtype)
         lecun_normal = jax.nn.initializers.lecun_normal()
         orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (hidden_size, hidden_size)))
         return {
             "input_kernel": lecun_normal(input_key, (1, 3 * hidden_size))[0],  # fan-in 1: the gradient
-            "input_bias": jnp.concatenate([jnp.zeros(hidden_size), update_bias, candidate_bias]),
+            "input_bias": jnp.concatenate([jnp.zeros(hidden_size), b_z, b_n]),
             "recurrent_kernel": orthogonal(jax.random.split(recurrent_key, 3)).reshape(3 * hidden_size, hidden_size),
             "candidate_bias": jnp.zeros(hidden_size),
             "readout_kernel": jnp.zeros(hidden_size),
