@@ -190,17 +190,9 @@ def check(config):
     except ValueError as error:
         raise cli.UsageError(error) from None
     positive = (
-        "num_envs",
-        "sigma",
-        "meta_steps",
-        "meta_learning_rate",
-        "meta_grad_clip",
-        "test_steps",
-        "test_envs",
-        "test_seeds",
-        "checkpoint_every",
+        "num_envs sigma meta_steps meta_learning_rate meta_grad_clip test_steps test_envs test_seeds checkpoint_every"
     )
-    cli.check_positive(config, positive + ("alpha", "reward_scale", "test_learning_rates"))
+    cli.check_positive(config, (*positive.split(), "alpha", "reward_scale", "test_learning_rates"))
     for name in ("alpha", "reward_scale", "reset_interval"):
         per_task(config, name)
     if not 0 <= config.meta_decay <= 1:
