@@ -141,7 +141,7 @@ PRESETS = {
 
 
 def per_task(config, name):
-    """One number per task, from a flag that gives one for all, or one each; the paper's where it gives none."""
+    """One number per task, from a flag that gives one for all, or one each; each task's own where it gives none."""
     values = getattr(config, name)
     if not values and name in suite.MetaDefaults._fields:
         return [getattr(suite.meta_defaults(task, config.ppo, config.estimator), name) for task in config.tasks]
@@ -189,10 +189,9 @@ def check(config):
             suite.check(name, config.ppo)
     except ValueError as error:
         raise cli.UsageError(error) from None
-    positive = (
-        "num_envs sigma meta_steps meta_learning_rate meta_grad_clip test_steps test_envs test_seeds checkpoint_every"
-    )
-    cli.check_positive(config, (*positive.split(), "alpha", "reward_scale", "test_learning_rates"))
+    cli.check_positive(config, ("num_envs", "alpha", "reward_scale", "sigma", "meta_steps"))
+    cli.check_positive(config, ("meta_learning_rate", "meta_grad_clip", "checkpoint_every"))
+    cli.check_positive(config, ("test_envs", "test_steps", "test_seeds", "test_learning_rates"))
     for name in ("alpha", "reward_scale", "reset_interval"):
         per_task(config, name)
     if not 0 <= config.meta_decay <= 1:
