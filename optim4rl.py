@@ -212,6 +212,8 @@ def _replace_pieces(function, state, *xs):
     # more passes over the memory. A piece is written before the next one is read, or else XLA copies the whole state
     # for each; and the next one is read an iteration ahead, or else XLA fuses the reading with the arithmetic, and
     # computes that one scalar at a time.
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)(state, *xs)  # an accelerator takes all at once
     read = lambda trees, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), trees)
 
     def step(carry, i):

@@ -204,8 +204,10 @@ def test_an_empty_tree_is_fine(name, empty):
     assert jax.tree.structure(updates) == jax.tree.structure(empty)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # piece by piece; all at once, which a CPU can do, too
 @pytest.mark.parametrize("name", RECURRENT)
-def test_several_pieces_agree_with_scalars_one_by_one(name):
+def test_several_pieces_agree_with_scalars_one_by_one(monkeypatch, name, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     g = random_grads(9, 2 * baselines.PIECE + 100).astype(np.float32)
     optimizer = RECURRENT[name].make(random_meta_params(name), 0.1)
     together, state = jax.jit(optimizer.update)(g, optimizer.init(g))

@@ -92,7 +92,9 @@ def test_rule_is_the_equations_of_the_paper_in_numpy():
             np.testing.assert_allclose(updates[t, i], 0.01 * delta, **FLOAT64)
 
 
-def test_meta_gradient_is_that_of_finite_differences(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # piece by piece; all at once, which a CPU can do, too
+def test_meta_gradient_is_that_of_finite_differences(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(optim4rl, "PIECE", 16)  # 30 scalars: two pieces, one of them padded
     with jax.enable_x64(True):
         meta_params, grads = random_meta_params(3, np.float64), random_grads(4, 3, 30)
@@ -183,7 +185,9 @@ def test_an_empty_tree_is_fine(empty):
     assert jax.tree.structure(updates) == jax.tree.structure(empty)
 
 
-def test_several_pieces_agree_with_scalars_one_by_one():
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_several_pieces_agree_with_scalars_one_by_one(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     grads = random_grads(9, 3, 2 * optim4rl.PIECE + 100).astype(np.float32)
     optimizer = optim4rl.optim4rl(random_meta_params(), 0.1)
     updates, state = unroll(optimizer, grads)

@@ -191,10 +191,12 @@ def test_devices_and_batches_of_units_change_only_the_rounding(estimator):
         assert_close(learn(num_devices, units_at_once), one_device)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # the agents of a pair one by one; at once, which a CPU can do, too
 @pytest.mark.parametrize("name", ["pes", "nres"])
-def test_evolution_strategies_are_those_of_a_numpy_loop(name):
+def test_evolution_strategies_are_those_of_a_numpy_loop(monkeypatch, name, backend):
     """Three meta-steps of one pair: both agents see the same noise, and only the optimizers differ, by an epsilon that pes
     draws anew in each, and that nres keeps."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     sigma, random = 0.1, jax.random.key(3)
     config = pipeline.Config(inner_updates=3, sigma=sigma)
     estimator = pipeline.ESTIMATORS[name](noisy_learner(), make_optimizer, config)
