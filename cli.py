@@ -230,6 +230,8 @@ def read_config(config_class, folder):
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_text())["config"]
         for field in dataclasses.fields(config_class):
+            if field.name not in values:
+                raise ValueError(f"its config has no {field.name}: an earlier version made it")
             if isinstance(values[field.name], list) != (typing.get_origin(field.type) is tuple):
                 raise ValueError(f"{field.name} is {values[field.name]}, as an earlier version had it")
         return config_class(

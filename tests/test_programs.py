@@ -122,6 +122,10 @@ def test_a_config_of_an_earlier_version_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"config": values | {name: value}}))
         with pytest.raises(cli.UsageError, match=f"holds no run to resume .{name} is "):
             cli.read_config(meta_train.Config, tmp_path)
+    del values["meta_decay"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+    with pytest.raises(cli.UsageError, match="its config has no meta_decay: an earlier version made it"):
+        cli.read_config(meta_train.Config, tmp_path)
 
 
 @pytest.mark.parametrize(
