@@ -206,14 +206,14 @@ _update_pieces.defvjp(_update_pieces_forward, _update_pieces_backward)
 def _replace_pieces(function, state, *xs):
     """Maps (piece of state, *pieces of xs) -> (new piece of state, y), where a piece is an index of the leading axis: (state, ys).
 
-    Fast on a CPU; not to be differentiated.
+    Not to be differentiated.
     """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)(state, *xs)  # an accelerator takes all at once
     # The loop carries the state and overwrites each piece where it lies: new ones stacked by jax.lax.map would cost three
     # more passes over the memory. A piece is written before the next one is read, or else XLA copies the whole state
     # for each; and the next one is read an iteration ahead, or else XLA fuses the reading with the arithmetic, and
     # computes that one scalar at a time.
-    if jax.default_backend() != "cpu":
-        return jax.vmap(function)(state, *xs)  # an accelerator takes all at once
     read = lambda trees, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), trees)
 
     def step(carry, i):
