@@ -230,8 +230,9 @@ def evolution(reuse_noise, learner, make_optimizer, config):
             optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * e, meta_params, epsilon))
             return unroll(learner, optimizer, config.inner_updates, agent, unroll_key)
 
-        both = jax.lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)  # one by one, or at once
-        agents, metrics = both(lambda x: live(*x), (jnp.array([1.0, -1.0]), pair.agents))
+        at_once = None if jax.default_backend() == "cpu" else 2  # None: one after the other
+        signs = jnp.array([1.0, -1.0])
+        agents, metrics = jax.lax.map(lambda x: live(*x), (signs, pair.agents), batch_size=at_once)
         losses = -metrics.get("objective", metrics["reward"]).mean(1)  # (2,)
         meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * config.sigma**2), total)
         return meta_grads, Pair(agents, total), jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}

@@ -141,5 +141,5 @@ def test_learning_rate_may_be_a_schedule():
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
-def test_there_are_20_meta_parameters():
-    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 20
+def test_there_are_18_meta_parameters():
+    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 18
