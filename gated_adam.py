@@ -1,11 +1,12 @@
-"""GatedAdam: a learned optimizer of our own, Adam whose step and momentum are gated by 18 learned numbers (not in the paper).
+"""GatedAdam: a learned optimizer of our own, Adam whose step and momentum are gated by 20 learned numbers (not in the paper).
 
 Optim4RL's networks see the raw gradient g and g^2. An agent's gradients are small, 1e-6 to 1e-1, so the networks see next to
 nothing of them and learn a step size, at best a schedule. Here the moments are Adam's, and the gates, the same for
 every scalar as in Optim4RL, see only ratios of them, the shape of the tensor that the scalar is part of, and the agent's age:
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        both bias-corrected; b1, b2 learned
-    x = (log of m^2 / v, log of v / mean v, log of fan-in, log of fan-out, exp(-t / 10), exp(-t / 100), exp(-t / 1000))
+    x = (log of m^2 / v, log of v / mean v, 1 in vectors and 0 in matrices, log of fan-in, log of fan-out,
+         exp(-t / 10), exp(-t / 100), exp(-t / 1000))
     o1, o2 = Linear(x)
     delta = -alpha exp(o1) ((1 - s) g + s m) / sqrt(v + eps),  s = sigmoid(o2)
 
@@ -13,14 +14,14 @@ every scalar as in Optim4RL, see only ratios of them, the shape of the tensor th
 |---|---|---|
 | g | gradient | like the agent's parameters |
 | m, v | Adam's moments; mean v is over all scalars of the agent | like g, zero at first |
-| x | signal to noise, relative size of the gradient, shape of the tensor, age | 7 numbers for each scalar |
+| x | signal to noise, relative size of the gradient, shape of the tensor, age | 8 numbers for each scalar |
 | fan-out, fan-in | the last axis of a tensor, and the product of all others | [] |
 | t | updates so far, with this one; x stops counting at 500 | [] |
-| theta | meta_params, 18 numbers | see init_meta_params |
+| theta | meta_params, 20 numbers | see init_meta_params |
 | alpha | learning_rate: a number, a traced array or an optax schedule | [] |
 
 The gate o1 reaches from sign descent (by m^2 / v) over RMSProp and Adam towards plain gradient descent (by v / mean v), with any
-schedule that its clocks can make, and with another step for wide layers (fan-in) and heads (fan-out).
+schedule that its clocks can make, and with another step for biases (vectors), wide layers (fan-in) and heads (fan-out).
 The rule does not depend on the scale of the gradients, is odd in them, and leaves alone what has none. Untrained it is
 halfway between Adam and RMSProp.
 
@@ -43,7 +44,7 @@ import optax
 
 TIMESCALES = (10.0, 100.0, 1000.0)  # updates
 MAX_AGE = 500  # updates: the age of the oldest agents of meta-training; of an older one the gates have learned nothing
-NUM_INPUTS = 4 + len(TIMESCALES)
+NUM_INPUTS = 5 + len(TIMESCALES)
 
 
 class LearnedOptimizer(NamedTuple):
@@ -63,7 +64,7 @@ def init_meta_params(key):
     """Meta-parameters of the untrained rule, the same for every key.
 
     Returns:
-        {"kernel" [2, 7], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}.
+        {"kernel" [2, 8], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}.
     """
     del key
     decay_logits = jax.scipy.special.logit(jnp.array([0.9, 0.99]))
@@ -71,10 +72,10 @@ def init_meta_params(key):
 
 
 def shape_inputs(shape):
-    """What the gates see of a tensor of that shape: its fan-in and fan-out, near 0 where they are common."""
+    """What the gates see of a tensor of that shape: 1 in vectors (scalars too), and its fans, near 0 where they are common."""
     *ins, fan_out = shape or (1,)
     fan_in = math.prod(ins) if ins else 64  # a vector has none: it counts as a common one
-    return math.log(max(fan_in, 1) / 64) / 2, math.log(max(fan_out, 1) / 8) / 2
+    return len(shape) < 2, math.log(max(fan_in, 1) / 64) / 2, math.log(max(fan_out, 1) / 8) / 2
 
 
 def gates(meta_params, m, v, mean_v, count, eps):

@@ -37,7 +37,7 @@ def unroll(optimizer, grads):
 def numpy_unroll(meta_params, grads, eps, kinds=None):
     """The equations of the file's header, scalar by scalar: updates / alpha, [T, P].
 
-    kinds: of each scalar, (fan-in, fan-out) of its tensor; None: all are one vector.
+    kinds: of each scalar, (whether its tensor is a vector, fan-in, fan-out); None: all are one vector.
     """
     theta = {name: np.asarray(x) for name, x in meta_params.items()}
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
@@ -46,11 +46,11 @@ def numpy_unroll(meta_params, grads, eps, kinds=None):
     for t, g in enumerate(grads, start=1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
-        for i, (fan_in, fan_out) in enumerate(kinds or [(64, len(g))] * len(g)):
+        for i, (vector, fan_in, fan_out) in enumerate(kinds or [(True, 64, len(g))] * len(g)):
             signal = np.log(m_hat[i] ** 2 / (v_hat[i] + eps) + 1e-4) / 5
             size = np.log(v_hat[i] / (v_hat.mean() + eps) + 1e-8) / 10
             ages = [np.exp(-t / 10), np.exp(-t / 100), np.exp(-t / 1000)]
-            x = np.array([signal, size, np.log(fan_in / 64) / 2, np.log(fan_out / 8) / 2, *ages])
+            x = np.array([signal, size, vector, np.log(fan_in / 64) / 2, np.log(fan_out / 8) / 2, *ages])
             o1, o2 = theta["kernel"] @ x + theta["bias"]
             s = sigmoid(o2)
             updates[t - 1, i] = -np.exp(o1) * ((1 - s) * g[i] + s * m_hat[i]) / np.sqrt(v_hat[i] + eps)
@@ -108,7 +108,7 @@ def test_rule_sees_the_shape_of_each_tensor_of_a_tree_and_keeps_shapes_and_dtype
         update, state = optimizer.update(g, state)
         assert {name: x.shape for name, x in update.items()} == shapes
         updates.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)]))
-    kinds = 35 * [(7, 5)] + 3 * [(64, 3)] + [(64, 1)] + 144 * [(24, 6)]
+    kinds = 35 * [(False, 7, 5)] + 3 * [(True, 64, 3)] + [(True, 64, 1)] + 144 * [(False, 24, 6)]
     expected = 0.1 * numpy_unroll(random_meta_params(), np.stack(flat), eps=1e-16, kinds=kinds)
     np.testing.assert_allclose(np.stack(updates), expected, rtol=1e-3, atol=1e-5)  # float32 against float64
     half = {"w": jnp.ones(3, jnp.bfloat16)}
@@ -141,5 +141,5 @@ def test_learning_rate_may_be_a_schedule():
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
 
 
-def test_there_are_18_meta_parameters():
-    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 18
+def test_there_are_20_meta_parameters():
+    assert sum(x.size for x in jax.tree.leaves(gated_adam.init_meta_params(jax.random.key(0)))) == 20
