@@ -26,6 +26,7 @@ import compare
 import evaluate
 import figures
 import gridworld
+import meta_config
 import meta_train
 import metrics
 import optim4rl
@@ -75,7 +76,7 @@ PRESETS = {
 def meta_run(config, folder, task, optimizer, rate, mesh):
     """The meta-parameters of one meta-run, a folder as meta_train.py makes them: read where finished, else gone on with."""
     path = folder / f"{task}-{optimizer}-{rate:g}"
-    run = meta_train.Config(
+    run = meta_config.Config(
         tasks=(task,),
         optimizer=optimizer,
         num_units=config.num_units,

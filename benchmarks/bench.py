@@ -32,11 +32,12 @@ import brax_env
 import cli
 import compare
 import gridworld
+import meta_config
 import meta_train
 import pipeline
 import suite
 
-PAPER_WORLDS = meta_train.PRESETS["paper"]["tasks"]
+PAPER_WORLDS = meta_config.PRESETS["paper"]["tasks"]
 GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
 
 
@@ -135,7 +136,7 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
 def meta_step_worker(repeats, tasks, num_units, devices, estimator, ppo="small"):
     """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
     began = time.perf_counter()
-    config = meta_train.Config(tasks=tasks, num_units=num_units, estimator=estimator, ppo=ppo)
+    config = meta_config.Config(tasks=tasks, num_units=num_units, estimator=estimator, ppo=ppo)
     mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
     meta_params = compare.LEARNED["optim4rl"].init(key)

@@ -12,6 +12,7 @@ import brax_env
 import cli
 import compare
 import evaluate
+import meta_config
 import meta_train
 import optim4rl
 import pipeline
@@ -149,7 +150,7 @@ def tiny_units(monkeypatch):
 
 
 def test_units_on_two_devices_are_reset_in_turn(tiny_units):
-    config = meta_train.Config(
+    config = meta_config.Config(
         tasks=("inverted_pendulum",), num_units=2, reset_interval=(3,), inner_updates=1, estimator="pes", alpha=(0.05,)
     )
     (task,) = meta_train.make_tasks(config, jax.sharding.Mesh(jax.devices()[:2], ("units",)))
@@ -165,8 +166,8 @@ def test_units_on_two_devices_are_reset_in_turn(tiny_units):
 
 
 def test_each_task_has_its_own_reset_interval():
-    config = meta_train.Config(tasks=("catch", "inverted_pendulum"), num_units=5, reset_interval=(125, 9))
-    assert [(c.num_units, c.reset_interval) for c in meta_train.pipeline_configs(config)] == [(5, 125), (5, 9)]
+    config = meta_config.Config(tasks=("catch", "inverted_pendulum"), num_units=5, reset_interval=(125, 9))
+    assert [(c.num_units, c.reset_interval) for c in meta_config.pipeline_configs(config)] == [(5, 125), (5, 9)]
 
 
 def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
@@ -228,9 +229,9 @@ def test_gradients_are_clipped_in_all_tasks_but_catch():
 
 
 def test_reward_scales_of_metrics_are_the_worlds_own():
-    config = meta_train.Config(tasks=("small_dense_long", "ant"))
-    assert meta_train.metric_scales(config) == [1e3, 1.0]
-    assert meta_train.metric_scales(dataclasses.replace(config, reward_scale=(7.0,))) == [7.0, 1.0]
+    config = meta_config.Config(tasks=("small_dense_long", "ant"))
+    assert meta_config.metric_scales(config) == [1e3, 1.0]
+    assert meta_config.metric_scales(dataclasses.replace(config, reward_scale=(7.0,))) == [7.0, 1.0]
 
 
 def test_what_no_flag_says_depends_on_task_and_estimator():
@@ -239,10 +240,10 @@ def test_what_no_flag_says_depends_on_task_and_estimator():
         ("gradient", [1e-3, 3e-3, 1e-3], [1e3, 1.0, 0.1]),
         ("nres", [0.1, 0.03, 1e-3], [1.0, 1.0, 0.1]),
     ):
-        config = meta_train.Config(tasks=tasks, estimator=estimator)
-        assert meta_train.per_task(config, "alpha") == alphas
-        assert meta_train.per_task(config, "reward_scale") == reward_scales
-    assert meta_train.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
+        config = meta_config.Config(tasks=tasks, estimator=estimator)
+        assert meta_config.per_task(config, "alpha") == alphas
+        assert meta_config.per_task(config, "reward_scale") == reward_scales
+    assert meta_config.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -254,4 +255,4 @@ def test_what_no_flag_says_depends_on_task_and_estimator():
 )
 def test_robots_that_do_not_exist_are_refused(changes, message):
     with pytest.raises(cli.UsageError, match=message):
-        meta_train.check(meta_train.Config(**changes))
+        meta_config.check(meta_config.Config(**changes))

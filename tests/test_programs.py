@@ -13,7 +13,7 @@ import brax_env
 import cli
 import compare
 import evaluate
-import meta_train
+import meta_config
 import optim4rl
 import ppo
 import records
@@ -43,6 +43,17 @@ def test_a_run_is_never_overwritten(whole_run):
     before = (folder / "optimizer.npz").read_bytes()
     code, _, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
     assert code == 2 and "already holds a run" in err and (folder / "optimizer.npz").read_bytes() == before
+
+
+def test_weights_that_keep_a_part_of_what_was_learned_lie_that_far_from_the_untrained_ones(whole_run, tmp_path):
+    flags = f"{TINY_META} --test-tasks , --keep 0.25 --out {tmp_path / 'part'}"
+    assert finish("meta_train.py", flags)[0] == 0
+    part, _ = optim4rl.load(tmp_path / "part" / "optimizer.npz")
+    learned, _ = optim4rl.load(whole_run[0] / "optimizer.npz")
+    untrained = optim4rl.init_meta_params(jax.random.split(jax.random.key(0))[0])
+    quarter = lambda x, first, last: np.testing.assert_allclose(4 * (x - first), last - first, rtol=1e-3, atol=1e-6)
+    jax.tree.map(quarter, part, untrained, learned)
+    assert np.abs(learned["m"]["readout_kernel"]).max() > 1e-3  # something was learned
 
 
 def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run, tmp_path):
@@ -115,17 +126,17 @@ def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
 
 
 def test_a_config_of_an_earlier_version_is_refused(tmp_path):
-    values = dataclasses.asdict(meta_train.Config())
+    values = dataclasses.asdict(meta_config.Config())
     (tmp_path / "config.json").write_text(json.dumps({"config": values}))
-    assert cli.read_config(meta_train.Config, tmp_path) == meta_train.Config()
+    assert cli.read_config(meta_config.Config, tmp_path) == meta_config.Config()
     for name, value in (("reset_interval", 72), ("num_units", [64])):
         (tmp_path / "config.json").write_text(json.dumps({"config": values | {name: value}}))
         with pytest.raises(cli.UsageError, match=f"holds no run to resume .{name} is "):
-            cli.read_config(meta_train.Config, tmp_path)
+            cli.read_config(meta_config.Config, tmp_path)
     del values["meta_decay"]
     (tmp_path / "config.json").write_text(json.dumps({"config": values}))
     with pytest.raises(cli.UsageError, match="its config has no meta_decay: an earlier version made it"):
-        cli.read_config(meta_train.Config, tmp_path)
+        cli.read_config(meta_config.Config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +148,7 @@ def test_a_config_of_an_earlier_version_is_refused(tmp_path):
         (dict(num_envs=0), "--num-envs is 0"),
         (dict(meta_steps=-1), "--meta-steps is -1"),
         (dict(meta_decay=-0.5), "--meta-decay is -0.5"),
+        (dict(keep=1.5), "--keep is 1.5; it must be between 0 and 1"),
         (dict(meta_learning_rate=float("nan")), "--meta-learning-rate is nan"),
         (dict(alpha=(1e-3, -1.0)), "--alpha is -1.0"),
         (dict(alpha=(1e-3, 1e-3, 1e-3)), "--alpha is 0.001,0.001,0.001, for 2 tasks"),
@@ -145,7 +157,7 @@ def test_a_config_of_an_earlier_version_is_refused(tmp_path):
 )
 def test_impossible_meta_training_is_refused(changes, message):
     with pytest.raises(cli.UsageError, match=message):
-        meta_train.check(meta_train.Config(**changes))
+        meta_config.check(meta_config.Config(**changes))
 
 
 @pytest.mark.parametrize(
