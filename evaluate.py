@@ -74,7 +74,7 @@ PRESETS = {
     "gridworlds": dict(  # one alpha for the learned optimizer, the others tuned on each task
         tasks=suite.PAPER_WORLDS,
         optimizers=("gated_adam", "untrained_gated_adam", "untrained", "adam", "rmsprop"),
-        fixed=("gated_adam=0.05",),
+        fixed=("gated_adam=0.03",),
         learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         seeds=10,
         steps=5e6,

@@ -84,7 +84,7 @@ def untrained_params(config):
 def kept(config, meta_params):
     """The meta-parameters that are tested and saved: some of the way from the untrained ones to those that were learned.
 
-    What suits the tasks of meta-training alone, and what a noisy meta-gradient left behind, is the first to go
+    Between the two they may do on the tasks of meta-training what the learned ones do, and better on unlike ones
     (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
     """
     between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
