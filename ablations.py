@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -49,34 +49,32 @@ TITLES = {
 }
 
 
-def _knob(default, help_text):
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True)
 class Config:
-    reset_interval: tuple[int, ...] = _knob((48, 0, 6, 24), "m, in meta-steps; 0: no resets, no pipeline")
-    num_units: tuple[int, ...] = _knob((12, 3, 48), "n: training units")
-    optimizer: tuple[str, ...] = _knob(("optim4rl", "linear_optim"), f"of {', '.join(compare.LEARNED)}")
-    inner_updates: tuple[int, ...] = _knob((4, 1, 2, 8, 16), "agent updates in a meta-step")
-    num_envs: tuple[int, ...] = _knob((1, 4, 16, 64), "environments of a unit")
-    reward_scale: tuple[float, ...] = _knob((100.0, 1.0, 1000.0), "factor on rewards in meta-training")
-    meta_loss: tuple[str, ...] = _knob(META_LOSSES, "the agent's whole loss, or its policy's part alone")
-    task: str = _knob("small_dense_short", "gridworld or catch, for meta-training and test")
-    meta_steps: int = _knob(100, "meta-steps of the base")
-    alpha: float = _knob(3e-3, "learning rate of the learned optimizer in meta-training")
-    meta_learning_rate: float = _knob(3e-3, "step size of Adam on the meta-parameters")
-    test_envs: int = _knob(64, "environments of a tested agent")
-    test_steps: float = _knob(3.2e5, "environment steps of a tested agent")
-    test_alphas: tuple[float, ...] = _knob(
+    reset_interval: tuple[int, ...] = cli.flag((48, 0, 6, 24), "m, in meta-steps; 0: no resets, no pipeline")
+    num_units: tuple[int, ...] = cli.flag((12, 3, 48), "n: training units")
+    optimizer: tuple[str, ...] = cli.flag(("optim4rl", "linear_optim"), f"of {', '.join(compare.LEARNED)}")
+    inner_updates: tuple[int, ...] = cli.flag((4, 1, 2, 8, 16), "agent updates in a meta-step")
+    num_envs: tuple[int, ...] = cli.flag((1, 4, 16, 64), "environments of a unit")
+    reward_scale: tuple[float, ...] = cli.flag((100.0, 1.0, 1000.0), "factor on rewards in meta-training")
+    meta_loss: tuple[str, ...] = cli.flag(META_LOSSES, "the agent's whole loss, or its policy's part alone")
+    task: str = cli.flag("small_dense_short", "gridworld or catch, for meta-training and test")
+    meta_steps: int = cli.flag(100, "meta-steps of the base")
+    alpha: float = cli.flag(3e-3, "learning rate of the learned optimizer in meta-training")
+    meta_learning_rate: float = cli.flag(3e-3, "step size of Adam on the meta-parameters")
+    test_envs: int = cli.flag(64, "environments of a tested agent")
+    test_steps: float = cli.flag(3.2e5, "environment steps of a tested agent")
+    test_alphas: tuple[float, ...] = cli.flag(
         (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1), "learning rates among which every optimizer is tuned"
     )
-    test_agents: int = _knob(1, "reported agents of each seed")
-    num_seeds: int = _knob(10, "seeds: meta-runs of each setting")
-    seed: int = _knob(0, "seed of everything")
-    devices: int | None = _knob(None, "devices to use; none: as many as share all units equally, on a CPU one per core")
-    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
-    resume: str | None = _knob(None, "folder of an interrupted run to go on with, its config taken from there")
+    test_agents: int = cli.flag(1, "reported agents of each seed")
+    num_seeds: int = cli.flag(10, "seeds: meta-runs of each setting")
+    seed: int = cli.flag(0, "seed of everything")
+    devices: int | None = cli.flag(
+        None, "devices to use; none: as many as share all units equally, on a CPU one per core"
+    )
+    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
+    resume: str | None = cli.flag(None, "folder of an interrupted run to go on with, its config taken from there")
 
 
 PRESETS = {

@@ -33,11 +33,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help shows all flags")
 
 
+def flag(default, help_text):
+    """A field of a config dataclass that parse makes a flag of."""
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
 def parse(config_class, presets, description, argv=None):
     """A config from the command line: one flag per field, `--preset` choosing the defaults.
 
     Args:
-        config_class: frozen dataclass; each field has metadata {"help": text}; a tuple field takes a comma-separated list.
+        config_class: frozen dataclass; each field is made by flag; a tuple field takes a comma-separated list.
         presets: {name: {field: value}}; the first is the default.
         description: text for --help.
         argv: list of strings, by default the process's.
@@ -59,9 +64,9 @@ def parse(config_class, presets, description, argv=None):
         value = getattr(start, field.name)
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         help_text = f"{field.metadata['help']} ({'none' if shown in (None, '') else shown})"
-        flag = "--" + field.name.replace("_", "-")
+        name = "--" + field.name.replace("_", "-")
         kind = {"action": "store_true"} if field.type is bool else {"type": _reader(field.type)}
-        parser.add_argument(flag, default=value, help=help_text.replace("%", "%%"), **kind)
+        parser.add_argument(name, default=value, help=help_text.replace("%", "%%"), **kind)
     values = vars(parser.parse_args(argv))
     values.pop("preset")
     return config_class(**values)

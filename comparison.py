@@ -14,7 +14,7 @@ curves.png, weights), runs/ (each finished agent), weights/ (the chosen ones), c
 import csv
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -35,28 +35,28 @@ import records
 import suite
 
 
-def _knob(default, help_text):
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = _knob(("catch", "big_dense_long"), "comma-separated gridworlds, or catch")
-    optimizers: tuple[str, ...] = _knob(
+    tasks: tuple[str, ...] = cli.flag(("catch", "big_dense_long"), "comma-separated gridworlds, or catch")
+    optimizers: tuple[str, ...] = cli.flag(
         ("optim4rl", "untrained", "adam", "rmsprop", "linear_optim", "l2lgd2", "star"),
         f"of {', '.join(compare.OPTIMIZERS)}",
     )
-    meta_learning_rates: tuple[float, ...] = _knob((1e-3, 3e-3), "of Adam on the meta-parameters: a meta-run of each")
-    num_units: int = _knob(12, "n: training units")
-    meta_steps: int = _knob(100, "length of a meta-run")
-    reset_interval: int = _knob(48, "m: meta-steps in the life of a unit; 0: no resets")
-    test_steps: float = _knob(3.2e5, "environment steps of a tested agent")
-    test_envs: int = _knob(64, "environments of a tested agent")
-    seeds: int = _knob(5, "reported agents of each optimizer")
-    seed: int = _knob(0, "seed of everything")
-    devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
-    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
-    resume: str | None = _knob(None, "folder of an interrupted run to go on with, its config taken from there")
+    meta_learning_rates: tuple[float, ...] = cli.flag(
+        (1e-3, 3e-3), "of Adam on the meta-parameters: a meta-run of each"
+    )
+    num_units: int = cli.flag(12, "n: training units")
+    meta_steps: int = cli.flag(100, "length of a meta-run")
+    reset_interval: int = cli.flag(48, "m: meta-steps in the life of a unit; 0: no resets")
+    test_steps: float = cli.flag(3.2e5, "environment steps of a tested agent")
+    test_envs: int = cli.flag(64, "environments of a tested agent")
+    seeds: int = cli.flag(5, "reported agents of each optimizer")
+    seed: int = cli.flag(0, "seed of everything")
+    devices: int | None = cli.flag(
+        None, "devices to use; none: as many as share the units equally, on a CPU one per core"
+    )
+    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
+    resume: str | None = cli.flag(None, "folder of an interrupted run to go on with, its config taken from there")
 
 
 PRESETS = {

@@ -18,7 +18,7 @@ import csv
 import itertools
 import json
 import pathlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import jax
@@ -38,35 +38,22 @@ WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz each
 
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = field(default=("inverted_pendulum",), metadata={"help": "comma-separated task names"})
-    optimizers: tuple[str, ...] = field(
-        default=compare.DEFAULT_OPTIMIZERS,
-        metadata={"help": f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"},
+    tasks: tuple[str, ...] = cli.flag(("inverted_pendulum",), "comma-separated task names")
+    optimizers: tuple[str, ...] = cli.flag(
+        compare.DEFAULT_OPTIMIZERS, f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"
     )
-    weights: str | None = field(
-        default=None, metadata={"help": "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/NAME.npz"}
-    )
-    learning_rate: tuple[float, ...] = field(
-        default=(), metadata={"help": "alpha; several: each optimizer's best; none: the task's grid"}
-    )
-    fixed: tuple[str, ...] = field(
-        default=(), metadata={"help": "NAME=ALPHA,NAME=ALPHA: optimizers that keep one learning rate on all tasks"}
-    )
-    seeds: int = field(default=3, metadata={"help": "reported runs of each optimizer"})
-    steps: float | None = field(
-        default=None, metadata={"help": "environment steps of a run; none: the task's own budget"}
-    )
-    num_envs: int | None = field(
-        default=None, metadata={"help": "environments of an A2C agent; none: the paper's, 512 (Catch 64)"}
-    )
-    ppo: str = field(default="small", metadata={"help": "PPO's settings: paper, or small ones of our own"})
-    seed: int = field(default=0, metadata={"help": "seed of everything"})
-    devices: int | None = field(default=None, metadata={"help": "devices to use; none: all, on a CPU one per core"})
-    out: str | None = field(default=None, metadata={"help": "folder of this run; none: a new one under runs/"})
-    resume: str | None = field(
-        default=None, metadata={"help": "folder of an interrupted run to go on with, its config taken from there"}
-    )
-    render: bool = field(default=False, metadata={"help": "film an episode of each robot and optimizer, as HTML"})
+    weights: str | None = cli.flag(None, "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/NAME.npz")
+    learning_rate: tuple[float, ...] = cli.flag((), "alpha; several: each optimizer's best; none: the task's grid")
+    fixed: tuple[str, ...] = cli.flag((), "NAME=ALPHA,NAME=ALPHA: optimizers that keep one learning rate on all tasks")
+    seeds: int = cli.flag(3, "reported runs of each optimizer")
+    steps: float | None = cli.flag(None, "environment steps of a run; none: the task's own budget")
+    num_envs: int | None = cli.flag(None, "environments of an A2C agent; none: the paper's, 512 (Catch 64)")
+    ppo: str = cli.flag("small", "PPO's settings: paper, or small ones of our own")
+    seed: int = cli.flag(0, "seed of everything")
+    devices: int | None = cli.flag(None, "devices to use; none: all, on a CPU one per core")
+    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
+    resume: str | None = cli.flag(None, "folder of an interrupted run to go on with, its config taken from there")
+    render: bool = cli.flag(False, "film an episode of each robot and optimizer, as HTML")
 
 
 PRESETS = {

@@ -33,27 +33,23 @@ import matplotlib.pyplot as plt
 PHASES = ("beginning", "middle", "end")
 
 
-def _knob(default, help_text):
-    return dataclasses.field(default=default, metadata={"help": help_text})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    results: str | None = _knob(
+    results: str | None = cli.flag(
         None, "folder of the data, comma-separated folders for figures 3 and 4; none: results/FIGURE"
     )
-    out: str | None = _knob(None, "folder of the picture; none: the first of --results")
-    updates: int = _knob(300, "figures 1 and 5: updates in the agent's or network's life")
-    num_envs: int = _knob(64, "figure 1: environments of the agent")
-    batch_size: int = _knob(128, "figure 5: images in a batch")
-    learning_rate: float = _knob(1e-3, "figures 1 and 5: alpha of RMSProp")
-    mnist: str | None = _knob(
+    out: str | None = cli.flag(None, "folder of the picture; none: the first of --results")
+    updates: int = cli.flag(300, "figures 1 and 5: updates in the agent's or network's life")
+    num_envs: int = cli.flag(64, "figure 1: environments of the agent")
+    batch_size: int = cli.flag(128, "figure 5: images in a batch")
+    learning_rate: float = cli.flag(1e-3, "figures 1 and 5: alpha of RMSProp")
+    mnist: str | None = cli.flag(
         None, "figure 5: IMAGES,LABELS (IDX files, also .gz) or one .npz; none: scikit-learn's digits"
     )
-    num_units: int = _knob(8, "figure 2: units n")
-    reset_interval: int = _knob(24, "figure 2: reset interval m")
-    seeds: int = _knob(5, "figures 1 and 5: lives, each with a seed of its own")
-    seed: int = _knob(0, "seed of everything")
+    num_units: int = cli.flag(8, "figure 2: units n")
+    reset_interval: int = cli.flag(24, "figure 2: reset interval m")
+    seeds: int = cli.flag(5, "figures 1 and 5: lives, each with a seed of its own")
+    seed: int = cli.flag(0, "seed of everything")
 
 
 PRESETS = {

@@ -1,7 +1,7 @@
 """What meta_train.py can be told: its flags with their defaults, the presets, and what it refuses."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import brax_env
 import cli
@@ -11,62 +11,62 @@ import pipeline
 import suite
 
 
-def _knob(default, help_text):
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = _knob(
+    tasks: tuple[str, ...] = cli.flag(
         ("small_dense_short", "small_dense_long"), "comma-separated worlds and robots to learn from"
     )
-    optimizer: str = _knob("optim4rl", f"learned optimizer: {', '.join(compare.LEARNED)}")
-    num_units: int = _knob(64, "n: training units of each task")
-    num_envs: int = _knob(1, "environments of a unit; a robot's are among PPO's settings")
-    ppo: str = _knob("small", "PPO's settings, for robots: paper, or small ones of our own")
-    meta_steps: int = _knob(400, "length of the run")
-    reset_interval: tuple[int, ...] = _knob(
+    optimizer: str = cli.flag("optim4rl", f"learned optimizer: {', '.join(compare.LEARNED)}")
+    num_units: int = cli.flag(64, "n: training units of each task")
+    num_envs: int = cli.flag(1, "environments of a unit; a robot's are among PPO's settings")
+    ppo: str = cli.flag("small", "PPO's settings, for robots: paper, or small ones of our own")
+    meta_steps: int = cli.flag(400, "length of the run")
+    reset_interval: tuple[int, ...] = cli.flag(
         (72,),
         "m: meta-steps in the life of a unit, for all tasks or one each; 0: no resets, which is training without pipeline",
     )
-    inner_updates: int = _knob(4, "agent updates in a meta-step")
-    estimator: str = _knob(
+    inner_updates: int = cli.flag(4, "agent updates in a meta-step")
+    estimator: str = cli.flag(
         "gradient", "of the meta-gradient: gradient, the paper's; pes or nres, unbiased over whole lives"
     )
-    sigma: float = _knob(0.03, "standard deviation of the perturbations of the meta-parameters by pes and nres")
-    meta_learning_rate: float = _knob(1e-3, "step size of Adam on the meta-parameters")
-    meta_decay: float = _knob(
+    sigma: float = cli.flag(0.03, "standard deviation of the perturbations of the meta-parameters by pes and nres")
+    meta_learning_rate: float = cli.flag(1e-3, "step size of Adam on the meta-parameters")
+    meta_decay: float = cli.flag(
         1.0, "part of that step size at the end of the run, to which it falls linearly; 1: constant"
     )
-    meta_grad_clip: float = _knob(1.0, "global norm to which the meta-gradient is clipped")
-    task_grad_norm: float = _knob(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
-    keep: float = _knob(
+    meta_grad_clip: float = cli.flag(1.0, "global norm to which the meta-gradient is clipped")
+    task_grad_norm: float = cli.flag(0.5, "norm to which each task's meta-gradient is rescaled; 0: not rescaled")
+    keep: float = cli.flag(
         1.0,
         "how far the weights go from the untrained ones, 0, to those learned, 1; less suits tasks unlike these better",
     )
-    alpha: tuple[float, ...] = _knob(
+    alpha: tuple[float, ...] = cli.flag(
         (), "learning rate of the learned optimizer, for all tasks or one each; none: each task's own"
     )
-    reward_scale: tuple[float, ...] = _knob((), "factor on rewards, for all tasks or one each; none: each task's own")
-    test_tasks: tuple[str, ...] = _knob(
+    reward_scale: tuple[float, ...] = cli.flag(
+        (), "factor on rewards, for all tasks or one each; none: each task's own"
+    )
+    test_tasks: tuple[str, ...] = cli.flag(
         ("small_dense_short", "small_dense_long", "small_sparse_short"), "tasks of the final table; none: no table"
     )
-    test_steps: float = _knob(3.2e5, "environment steps of a run in the final table")
-    test_envs: int = _knob(64, "environments of an agent in the final table; a robot's are among PPO's settings")
-    test_seeds: int = _knob(10, "runs of each optimizer in the final table")
-    test_learning_rates: tuple[float, ...] = _knob(
+    test_steps: float = cli.flag(3.2e5, "environment steps of a run in the final table")
+    test_envs: int = cli.flag(64, "environments of an agent in the final table; a robot's are among PPO's settings")
+    test_seeds: int = cli.flag(10, "runs of each optimizer in the final table")
+    test_learning_rates: tuple[float, ...] = cli.flag(
         (), "step sizes among which every optimizer of the table is tuned; none: the task's grid"
     )
-    seed: int = _knob(0, "seed of everything")
-    devices: int | None = _knob(None, "devices to use; none: as many as share the units equally, on a CPU one per core")
-    checkpoint_every: float = _knob(120.0, "seconds between checkpoints")
-    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
-    coordinator: str | None = _knob(
+    seed: int = cli.flag(0, "seed of everything")
+    devices: int | None = cli.flag(
+        None, "devices to use; none: as many as share the units equally, on a CPU one per core"
+    )
+    checkpoint_every: float = cli.flag(120.0, "seconds between checkpoints")
+    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
+    coordinator: str | None = cli.flag(
         None, "HOST:PORT of process 0, in a run of several processes; auto: as SLURM or MPI tells"
     )
-    num_processes: int | None = _knob(None, "processes of the run, all with the same --out; none: one, or auto")
-    process_id: int | None = _knob(None, "which of them this is, 0 to N - 1; none: the only one, or auto")
-    resume: str | None = _knob(None, "folder of an interrupted run to go on with, its config taken from there")
+    num_processes: int | None = cli.flag(None, "processes of the run, all with the same --out; none: one, or auto")
+    process_id: int | None = cli.flag(None, "which of them this is, 0 to N - 1; none: the only one, or auto")
+    resume: str | None = cli.flag(None, "folder of an interrupted run to go on with, its config taken from there")
 
 
 PRESETS = {

@@ -17,7 +17,7 @@ import pathlib
 import sys
 import time
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -41,19 +41,15 @@ clock = time.process_time if jax.default_backend() == "cpu" else time.perf_count
 PAPER_LEARNING_RATES = {"walker2d": 3e-5}  # elsewhere 3e-4
 
 
-def _knob(default, help_text):
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True)
 class Config:
-    task: str = _knob("inverted_pendulum", "a Brax robot")
-    seeds: int = _knob(3, "runs of each trainer")
-    steps: float | None = _knob(None, "environment steps of a run; none: the settings' own")
-    ppo: str = _knob("small", "settings: paper, or small ones of our own")
-    learning_rate: float | None = _knob(None, "of Adam; none: 1e-3, or the paper's")
-    points: int = _knob(10, "evaluations after the first, which precedes training")
-    out: str | None = _knob(None, "folder of this run; none: a new one under runs/")
+    task: str = cli.flag("inverted_pendulum", "a Brax robot")
+    seeds: int = cli.flag(3, "runs of each trainer")
+    steps: float | None = cli.flag(None, "environment steps of a run; none: the settings' own")
+    ppo: str = cli.flag("small", "settings: paper, or small ones of our own")
+    learning_rate: float | None = cli.flag(None, "of Adam; none: 1e-3, or the paper's")
+    points: int = cli.flag(10, "evaluations after the first, which precedes training")
+    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
 
 
 class Plan(NamedTuple):

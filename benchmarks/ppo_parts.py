@@ -19,7 +19,7 @@ count for little.
 import pathlib
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -36,9 +36,9 @@ import suite
 
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = field(default=("inverted_pendulum", "ant"), metadata={"help": "comma-separated robots"})
-    ppo: str = field(default="small", metadata={"help": "PPO's settings: paper, or small ones of our own"})
-    repeats: int = field(default=10, metadata={"help": "calls of each part after one that compiles"})
+    tasks: tuple[str, ...] = cli.flag(("inverted_pendulum", "ant"), "comma-separated robots")
+    ppo: str = cli.flag("small", "PPO's settings: paper, or small ones of our own")
+    repeats: int = cli.flag(10, "calls of each part after one that compiles")
 
 
 def parts(name, ppo_settings):
