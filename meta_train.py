@@ -54,11 +54,11 @@ def learn(config, mesh, folder):
     clip = optax.clip_by_global_norm(config.meta_grad_clip)
     first, last = config.meta_learning_rate, config.meta_learning_rate * config.meta_decay
     meta_optimizer = optax.chain(clip, optax.adam(optax.linear_schedule(first, last, config.meta_steps)))
-    run_key = jax.random.split(jax.random.key(config.seed))[1]
+    _, run_key = jax.random.split(jax.random.key(config.seed))
     norm = config.task_grad_norm or None
     meta_step = lambda state: pipeline.meta_step(tasks, meta_optimizer, state, run_key, norm)
     with checkpoints.manager(folder / "checkpoints") as manager:
-        state = pipeline.init(tasks, meta_optimizer, untrained_params(config), run_key)
+        state = pipeline.init(tasks, meta_optimizer, init_meta_params(config), run_key)
         with failures_in_one_line(folder, manager):
             state = checkpoints.restore(manager, like=state) or state
             path = folder / "metrics.csv" if cli.is_first_process() else None
@@ -75,7 +75,7 @@ def learn(config, mesh, folder):
     return kept(config, state.meta_params), log.rows
 
 
-def untrained_params(config):
+def init_meta_params(config):
     """The meta-parameters that meta-training begins with."""
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     return compare.LEARNED[config.optimizer].init(init_key)
@@ -88,7 +88,7 @@ def kept(config, meta_params):
     (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
     """
     between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
-    return jax.tree.map(between, untrained_params(config), meta_params)
+    return jax.tree.map(between, init_meta_params(config), meta_params)
 
 
 @contextlib.contextmanager
@@ -157,7 +157,7 @@ def save_weights(folder, config, meta_params, metadata):
 def test(config, mesh, folder, learned_params):
     """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
     untrained = compare.UNTRAINED[config.optimizer]
-    meta_params = {config.optimizer: learned_params, untrained: untrained_params(config)}
+    meta_params = {config.optimizer: learned_params, untrained: init_meta_params(config)}
     pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
     tasks = {name: suite.make(name, config.test_envs, config.ppo) for name in config.test_tasks}
     rates = {name: config.test_learning_rates or task.learning_rates for name, task in tasks.items()}

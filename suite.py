@@ -59,8 +59,8 @@ SMALL_PPO = dict(
     reward_scale=0.01,
     value_hidden=(64,) * 3,
 )
-# and the robots that walk, and the double pendulum, as far as 5 to 20 seconds of a core take them. Their physics costs more than the
-# networks: each step is learned from more often. The scale brings a discounted return near 1.
+# and the robots that walk, and the double pendulum, as far as 5 to 20 seconds of a core take them. Their physics costs
+# more than the networks: each step is learned from more often. The scale brings a discounted return near 1.
 _SMALL_TRANSFER_PPO = dict(num_envs=64, batch_size=16, num_minibatches=8, rollout_length=32, num_epochs=8)
 _SMALL_TRANSFER = {  # steps, reward scale
     "ant": (1.5e5, 0.1),
