@@ -1,40 +1,44 @@
+# SPDX-License-Identifier: MIT
 """A2C: the learner of the gridworlds and Catch, for any discrete environment and any optax optimizer (paper: appendix).
 
 An update is one rollout of T steps in N environments, one gradient averaged over all of them, one optimizer step.
 
-| symbol | here | shape |
+| symbol | in code | shape |
 |---|---|---|
 | pi(a|s), V(s) | softmax(logits), values: two linear heads on one body | [T + 1, N, A], [T + 1, N] |
 | a, r, d | actions, rewards, dones of the rollout | [T, N] |
 | G | lambda-return, bootstrapped by the value after the rollout | [T, N] |
 | td | TD(lambda) error G - V(s): the advantage and the critic's error in one | [T, N] |
 
-The body (paper's choice, by task): flatten and Dense 32 on small worlds; a 2 x 2 convolution with 16 features, then Dense 32
-on big ones; Dense 256 on Catch. ReLU everywhere.
+The body, ReLU everywhere: an optional 2 x 2 convolution (conv_features), flatten, one dense layer (hidden_size). The
+paper's sizes: small gridworlds Config(), big ones Config(conv_features=16), Catch Config(hidden_size=256).
 
 Example:
     import jax, jax.numpy as jnp, optax, a2c
-    from typing import NamedTuple, Callable
-    class Env(NamedTuple):                       # a bandit with two arms; gridworld.make(name) gives the real ones
-        reset: Callable = lambda key: jnp.zeros(())
-        step: Callable = lambda key, state, action: (state, action * 1.0, jnp.array(True))
-        observe: Callable = lambda state: jnp.ones(1)
-        obs_shape: tuple = (1,)
-        num_actions: int = 2
-        name: str = "bandit"
-    learner, optimizer = a2c.make(Env(), a2c.Config(num_envs=8)), optax.adam(1e-2)
+    from types import SimpleNamespace
+    env = SimpleNamespace(                       # a bandit with two arms; gridworld.make(name) gives the real ones
+        reset=lambda key: jnp.zeros(()), observe=lambda state: jnp.ones(1), obs_shape=(1,), num_actions=2,
+        step=lambda key, state, action: (state, action * 1.0, jnp.array(True)))
+    learner, optimizer = a2c.make(env, a2c.Config(num_envs=8)), optax.adam(1e-2)
     agent_state = learner.init(jax.random.key(0), optimizer)
     update = jax.jit(lambda agent_state, key: learner.update(optimizer, agent_state, key))
     for key in jax.random.split(jax.random.key(1), 20):
         agent_state, metrics = update(agent_state, key)
 
-NOTE: the convolution takes the observation as it lies, planes x rows as space and columns as channels, as the reference does.
-Copy this file: needs jax, optax.
+Deviations from the textbook, both as in the reference implementation (github.com/sail-sg/optim4rl):
+- the convolution takes the last axis of a gridworld's observation (columns) for channels, planes and rows for space;
+- whatever ends an episode is a true end, after which nothing is earned. That includes the time limit of a gridworld,
+  although no observation shows the time that is left. If env.step tells truncation, as a fourth output, a step that the
+  time limit ended teaches nothing: what would have come after it is unknown.
+Copy this file: needs jax >= 0.10, optax >= 0.2.5.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple
+from functools import partial
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +53,18 @@ class Config:
     gae_lambda: float = 0.95  # lambda of the lambda-return
     critic_weight: float = 0.5
     entropy_weight: float = 0.01
-    hidden_size: int | None = None  # None: the paper's choice, 256 on Catch, else 32
-    conv_features: int | None = None  # None: the paper's choice, 16 on big worlds, else 0, which is no convolution
+    hidden_size: int = 32  # of the dense layer; the paper: 256 on Catch, else 32
+    conv_features: int = 0  # of a 2 x 2 convolution before it, 0 for none; the paper: 16 on big gridworlds, else 0
+
+    def __post_init__(self):
+        least = {"num_envs": 1, "rollout_length": 1, "hidden_size": 1, "conv_features": 0}
+        for size, smallest in least.items():
+            value = getattr(self, size)
+            if not isinstance(value, Integral) or value < smallest:
+                raise ValueError(f"{size} is {value}; it must be a whole number, at least {smallest}")
+        for fraction in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, fraction) <= 1:
+                raise ValueError(f"{fraction} is {getattr(self, fraction)}; it must lie between 0 and 1")
 
 
 class AgentState(NamedTuple):
@@ -61,9 +75,11 @@ class AgentState(NamedTuple):
 
 
 class Learner(NamedTuple):
+    """What meta-training needs of an agent. An inner update of A2C is one rollout and one optimizer step."""
+
     init: Callable  # (key, optimizer) -> AgentState
-    update: Callable  # (optimizer, agent_state, key) -> (agent_state, metrics); one inner update
-    loss: Callable  # (agent_state, key) -> (loss, (agent_state, metrics)); fresh rollout: the meta-loss
+    update: Callable  # (optimizer, agent_state, key) -> (agent_state, metrics): one inner update
+    loss: Callable  # (agent_state, key) -> (loss, (agent_state, metrics)): of a new rollout, without an update
 
 
 class Rollout(NamedTuple):
@@ -72,6 +88,7 @@ class Rollout(NamedTuple):
     actions: jax.Array  # [T, N]
     rewards: jax.Array  # [T, N]
     dones: jax.Array  # [T, N]
+    truncations: Any  # [T, N], or None where env.step does not tell
 
 
 def make(env, config=Config()):
@@ -81,14 +98,14 @@ def make(env, config=Config()):
         env: Env of pure functions of one environment, with obs_shape and num_actions.
         config: Config.
     Returns:
-        Learner. metrics: loss; reward (mean per step); objective (mean return so far of the running episodes);
+        Learner. metrics: loss; reward (mean per step); objective (mean return so far of the running episodes: every
+        rollout has one, whether an episode ended in it or not, so evolution strategies compare agents by it);
         episode_return_sum and episodes, over the episodes that ended.
     Raises:
-        ValueError: a size below one.
+        ValueError: a convolution of observations that do not have three axes.
     """
-    for size in ("num_envs", "rollout_length"):
-        if getattr(config, size) < 1:
-            raise ValueError(f"{size} is {getattr(config, size)}; it must be at least 1")
+    if config.conv_features and len(env.obs_shape) != 3:
+        raise ValueError(f"conv_features is {config.conv_features}, but observations of shape {env.obs_shape} need 0")
 
     def init(key, optimizer):
         params_key, env_key = jax.random.split(key)
@@ -98,14 +115,17 @@ def make(env, config=Config()):
 
     def rollout_loss(params, agent_state, key):
         agent_state, rollout, metrics = collect(env, config, params, agent_state, key)
-        logits, values = replay(env, params, rollout.env_states, rollout.outputs)
-        loss, _ = a2c_loss(logits, values, rollout.actions, rollout.rewards, rollout.dones, config)
+        logits, values = with_gradient(env, params, rollout.env_states, rollout.outputs)
+        loss, _ = a2c_loss(logits, values, *rollout[2:5], config, rollout.truncations)
         return loss, (agent_state, metrics | {"loss": loss})
 
     def update(optimizer, agent_state, key):
         params = agent_state.params
         grads, (agent_state, metrics) = jax.grad(rollout_loss, has_aux=True)(params, agent_state, key)
-        updates, opt_state = optimizer.update(grads, agent_state.opt_state, params)
+        # Some optimizers look at the loss too. They get the number only: no meta-gradient flows through it.
+        value = jax.lax.stop_gradient(metrics["loss"])
+        optimizer = optax.with_extra_args_support(optimizer)
+        updates, opt_state = optimizer.update(grads, agent_state.opt_state, params, value=value)
         params = optax.apply_updates(params, updates)
         return agent_state._replace(params=params, opt_state=opt_state), metrics
 
@@ -115,7 +135,7 @@ def make(env, config=Config()):
     return Learner(init, update, loss)
 
 
-def a2c_loss(logits, values, actions, rewards, dones, config):
+def a2c_loss(logits, values, actions, rewards, dones, config, truncations=None):
     """The loss of one rollout: policy gradient + critic_weight * squared error - entropy_weight * entropy, each a mean.
 
     Args:
@@ -123,10 +143,11 @@ def a2c_loss(logits, values, actions, rewards, dones, config):
         values: [T + 1, N]; the last step's are the bootstrap.
         actions, rewards, dones: [T, N].
         config: Config.
+        truncations: [T, N], 1 where a time limit alone ended the episode; None: nowhere.
     Returns:
         (loss [], td_errors [T, N]); the gradient of td_errors is that of -values.
     """
-    td_errors = lambda_returns(rewards, dones, values, config) - values[:-1]
+    td_errors = lambda_returns(rewards, dones, values, config, truncations) - values[:-1]
     log_probs = jax.nn.log_softmax(logits[:-1])  # (T, N, A)
     chosen = jnp.take_along_axis(log_probs, actions[..., None], axis=-1)[..., 0]  # (T, N)
     # The advantage is a weight here: the policy's loss must not train the critic.
@@ -137,43 +158,47 @@ def a2c_loss(logits, values, actions, rewards, dones, config):
     return loss, td_errors
 
 
-def lambda_returns(rewards, dones, values, config):
-    """G_t = r_t + discount (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_T = V_T. [T, N], without gradient."""
+def lambda_returns(rewards, dones, values, config, truncations=None):
+    """G_t = r_t + discount (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_T = V_T; G_t = V_t where t is truncated.
+
+    [T, N], without gradient.
+    """
     values = jax.lax.stop_gradient(values)  # targets are fixed: TD learning is a semi-gradient method
 
     def backward(next_return, step):
-        reward, done, next_value = step
+        reward, done, value, next_value, truncated = step
         mixed = (1 - config.gae_lambda) * next_value + config.gae_lambda * next_return
         return_ = reward + config.discount * (1 - done) * mixed
+        return_ = return_ if truncated is None else jnp.where(truncated, value, return_)
         return return_, return_
 
-    return jax.lax.scan(backward, values[-1], (rewards, dones, values[1:]), reverse=True)[1]
+    steps = (rewards, dones, values[:-1], values[1:], truncations)
+    return jax.lax.scan(backward, values[-1], steps, reverse=True)[1]
 
 
 def collect(env, config, params, agent_state, key):
     """One rollout of the current policy: -> (agent_state, Rollout, metrics)."""
-    # Sampled actions carry no derivative, and that of the network's outputs is left to replay: nothing else is kept.
+    # Acting is not differentiated: actions are samples, and with_gradient differentiates the outputs, afterwards.
     params = jax.lax.stop_gradient(params)
 
     def step(carry, key):
         env_state, episode_return = carry
         action_key, env_key = jax.random.split(key)
-        outputs = look(env, params, env_state)
+        outputs = network_outputs(env, params, env_state)
         actions = jax.random.categorical(action_key, outputs[0])
         env_keys = jax.random.split(env_key, config.num_envs)
-        next_state, rewards, dones = jax.vmap(env.step)(env_keys, env_state, actions)
+        next_state, rewards, dones, *truncations = jax.vmap(env.step)(env_keys, env_state, actions)
         ended_return = episode_return + rewards
         episode_return = jnp.where(dones, 0.0, ended_return)
-        kept = ((env_state, outputs), actions, rewards, dones.astype(rewards.dtype), ended_return)
+        kept = ((env_state, outputs), actions, rewards, dones.astype(rewards.dtype), ended_return, truncations)
         return (next_state, episode_return), kept
 
     carry = (agent_state.env_state, agent_state.episode_return)
-    carry, (seen, actions, rewards, dones, returns) = jax.lax.scan(
-        step, carry, jax.random.split(key, config.rollout_length)
-    )
-    last_seen = (carry[0], look(env, params, carry[0]))
+    keys = jax.random.split(key, config.rollout_length)
+    carry, (seen, actions, rewards, dones, returns, truncations) = jax.lax.scan(step, carry, keys)
+    last_seen = (carry[0], network_outputs(env, params, carry[0]))
     seen = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), seen, last_seen)
-    rollout = Rollout(*seen, actions, rewards, dones)
+    rollout = Rollout(*seen, actions, rewards, dones, truncations[0] if truncations else None)
     metrics = {"reward": rewards.mean(), "objective": returns.mean()}
     metrics |= {"episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}
     return agent_state._replace(env_state=carry[0], episode_return=carry[1]), rollout, metrics
@@ -183,14 +208,10 @@ def init_network(key, env, config):
     """Parameters: LeCun-uniform body, LeCun-normal heads, zero biases.
 
     Returns:
-        {"conv" (big worlds) [4C, F], "body" [D, hidden_size], "policy" [hidden_size, A], "value" [hidden_size, 1]},
-        each {"kernel", "bias"}.
+        {"conv" (if conv_features > 0) [4C, conv_features], "body" [D, hidden_size], "policy" [hidden_size, A],
+        "value" [hidden_size, 1]}, each {"kernel", "bias"}.
     """
     conv_features, hidden_size = config.conv_features, config.hidden_size
-    if conv_features is None:
-        conv_features = 16 if env.name.startswith("big_") else 0
-    if hidden_size is None:
-        hidden_size = 256 if env.name == "catch" else 32
     uniform, normal = jax.nn.initializers.lecun_uniform(), jax.nn.initializers.lecun_normal()
     conv_key, body_key, policy_key, value_key = jax.random.split(key, 4)
 
@@ -221,52 +242,57 @@ def apply_network(params, obs):
     return linear("policy", body), linear("value", body)[:, 0]
 
 
-def look(env, params, env_states):
-    """What the network says in env_states, every leaf [B, ...]: (logits [B, A], values [B])."""
+def network_outputs(env, params, env_states):
+    """The network's outputs in env_states, every leaf [B, ...]: (logits [B, A], values [B])."""
     return apply_network(params, jax.vmap(env.observe)(env_states))
 
 
-def replay(env, params, env_states, outputs, piece=64):
-    """The network's outputs in a rollout as a function of its parameters: known already, only their gradient needs a look back.
+def with_gradient(env, params, env_states, outputs, piece=64):
+    """outputs, which acting has computed already, as a differentiable function of params.
 
-    It looks at all states again, on an accelerator at once, on a CPU a piece at a time, whose activations fit a core's cache.
-    On a CPU an update is 1.2 (small worlds) to 1.4 times (big ones) as fast as with a loss that computes the outputs anew.
+    The forward pass returns the known outputs. The backward pass computes the activations again, on a CPU one piece of
+    the states after another, since the activations of a piece fit a core's cache. The result is that of
+    network_outputs(env, params, env_states) in the loss; an update on a CPU is 1.2 to 1.4 times as fast.
 
     Args:
         env: Env.
         params: the network's.
         env_states: every leaf [T + 1, N, ...].
-        outputs: (logits [T + 1, N, A], values [T + 1, N]) of apply_network with these parameters in these states.
-        piece: at most so many states at a time.
+        outputs: (logits [T + 1, N, A], values [T + 1, N]), the network's with these params in these states.
+        piece: the most states at a time on a CPU. An accelerator takes all at once.
     Returns:
         outputs.
     """
-    num_states = outputs[1].size
-    if jax.default_backend() != "cpu":
-        piece = num_states
-    piece = max(d for d in range(1, min(piece, num_states) + 1) if num_states % d == 0)
-    cut = lambda x: x.reshape(num_states // piece, piece, *x.shape[2:])
 
-    def backward(residuals, cotangents):
-        params, env_states = residuals
+    def backward(num_at_once, params, env_states, cotangents):
+        cut = lambda x: x.reshape(-1, num_at_once, *x.shape[2:])
 
-        def add(total, part):
-            states, cotangents = part
-            (grads,) = jax.vjp(lambda params: look(env, params, states), params)[1](cotangents)
+        def add(total, inputs):
+            states, cotangents = inputs
+            (grads,) = jax.vjp(lambda params: network_outputs(env, params, states), params)[1](cotangents)
             return jax.tree.map(jnp.add, total, grads), None
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, zeros, jax.tree.map(cut, (env_states, cotangents)))[0], None, None
+        return jax.lax.scan(add, zeros, jax.tree.map(cut, (env_states, cotangents)))[0]
 
+    num_states = outputs[1].size
+    piece = max(d for d in range(1, min(piece, num_states) + 1) if num_states % d == 0)
+    on_cpu, elsewhere = partial(backward, piece), partial(backward, num_states)
+    each = lambda residuals, cotangents: jax.lax.platform_dependent(
+        *residuals, cotangents, cpu=on_cpu, default=elsewhere
+    )
     known = jax.custom_vjp(lambda params, env_states, outputs: outputs)
-    known.defvjp(lambda params, env_states, outputs: (outputs, (params, env_states)), backward)
+    known.defvjp(
+        lambda params, env_states, outputs: (outputs, (params, env_states)),
+        lambda residuals, cotangents: (each(residuals, cotangents), None, None),
+    )
     return known(params, env_states, outputs)
 
 
 def patches_2x2(x):
     """The inputs of a 2 x 2 convolution with zero padding after the last row and column: [B, X, Y, C] -> [B, X, Y, 4C].
 
-    As a matrix product over patches the convolution runs fast also with other weights for each agent (vmap).
+    As a matrix product over patches, the convolution is also fast for many agents with weights of their own (vmap).
     """
     _, size_x, size_y, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))

@@ -1,32 +1,50 @@
+# SPDX-License-Identifier: MIT
 """The tasks of meta-training: eight gridworlds and Catch, as pure functions of one environment (paper: appendix).
 
-A gridworld is a walled grid with an agent and a few objects. Walking onto an object collects it: its reward is paid, it
-disappears, and the episode may end. Absent objects come back, each with its own probability a step, on a random cell.
+A gridworld has an agent and a few objects. Walking onto an object collects it: its reward is paid, it disappears, and
+the episode may end. An absent object comes back with some probability in each step, on a random cell. Catch, another
+small game, stands at the end of the file.
 
-| symbol | here | shape |
+| world | grid (height x width) | good objects | bad objects | respawn probability per step | horizon in steps |
+|---|---|---|---|---|---|
+| small_sparse_short | 3 x 8 | 1 | 1 | .05 | 50 |
+| small_sparse_long | 8 x 3 | 1 | 1 | .05 | 500 |
+| small_dense_short | 4 x 6 | 1 | 1 | .5 | 50 |
+| small_dense_long | 6 x 4 | 1 | 1 | .5 | 500 |
+| big_sparse_short | 10 x 12 | 2 | 2 | .05 | 50 |
+| big_sparse_long | 12 x 10 | 2 | 2 | .05 | 500 |
+| big_dense_short | 9 x 13 | 2 | 2 | .5 | 50 |
+| big_dense_long | 13 x 9 | 2 | 2 | .5 | 500 |
+
+A good object has reward 1 and never ends the episode. A bad one has reward -1 and ends it with probability .5.
+
+| symbol | in code | shape |
 |---|---|---|
-| grid | height x width cells inside the wall, numbered row by row: cell = row * width + column | |
+| grid | height x width cells, numbered row by row: cell = row * width + column | |
 | state | State: agent's cell, objects' cells (ABSENT where collected), step count | [], [O], [] |
-| action | 0 stay; 1-8 the neighbours; a move into the wall (a diagonal one too) leaves the agent in place | [] |
-| obs | one binary plane per object, then the agent's, wall included | [O + 1, height + 2, width + 2] |
+| action | 0 stay; 1-8 the neighbours; a move off the grid (a diagonal one too) leaves the agent in place | [] |
+| obs | a binary plane per object, then the agent's, padded by one empty cell on each side | [O+1, height+2, width+2] |
 
-Order of a step: move; collect every object on the agent's cell; respawn; end the episode at the horizon; restart if ended.
+Order of a step: move; collect every object on the agent's cell; respawn; end at the horizon; restart if ended.
 
 Example:
     import jax, gridworld
     env = gridworld.make("small_dense_long")
-    keys = jax.random.split(jax.random.key(0), 512)
-    states = jax.vmap(env.reset)(keys)                                           # 512 worlds side by side
-    actions = jax.random.randint(keys[0], (512,), 0, env.num_actions)
-    states, rewards, dones = jax.vmap(env.step)(keys, states, actions)           # (512,) each
-    obs = jax.vmap(env.observe)(states)                                          # (512, 3, 8, 6)
+    reset_key, action_key, step_key = jax.random.split(jax.random.key(0), 3)
+    states = jax.vmap(env.reset)(jax.random.split(reset_key, 512))                       # 512 worlds side by side
+    actions = jax.random.randint(action_key, (512,), 0, env.num_actions)
+    states, rewards, dones = jax.vmap(env.step)(jax.random.split(step_key, 512), states, actions)  # (512,) each
+    obs = jax.vmap(env.observe)(states)                                                  # (512, 3, 8, 6)
 
-NOTE: as in the reference implementation, a respawning object may land on any cell inside the wall, an occupied one too.
-Copy this file: needs jax.
+NOTE: a respawning object may land on any cell, an occupied one too, as in the reference (github.com/sail-sg/optim4rl).
+NOTE: no observation shows the step count, so an agent cannot see the horizon come. The horizon is a true end all the
+same: `done` does not tell it from the end that a bad object makes. The reference does so too.
+Copy this file: needs jax >= 0.10.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +64,19 @@ class Env(NamedTuple):
     name: str
 
 
+class Object(NamedTuple):
+    reward: float  # paid to who collects it
+    end_prob: float  # probability that collecting it ends the episode
+    respawn_prob: float  # probability, in each step, that it comes back where it is absent
+
+
 class World(NamedTuple):
-    """What defines a gridworld. An object is (reward, probability to end the episode, respawn probability per step)."""
+    """What defines a gridworld."""
 
     height: int
     width: int
-    objects: tuple
-    horizon: int
+    objects: tuple[Object, ...]
+    horizon: int  # steps of the longest episode
 
 
 class State(NamedTuple):
@@ -64,8 +88,8 @@ class State(NamedTuple):
 SPARSE, DENSE = 0.05, 0.5  # respawn probabilities
 
 
-def _objects(pairs, respawn):
-    return ((1.0, 0.0, respawn),) * pairs + ((-1.0, 0.5, respawn),) * pairs
+def _objects(pairs, respawn_prob):
+    return (Object(1.0, 0.0, respawn_prob),) * pairs + (Object(-1.0, 0.5, respawn_prob),) * pairs
 
 
 GRIDWORLDS = {
@@ -81,14 +105,16 @@ GRIDWORLDS = {
 NAMES = (*GRIDWORLDS, "catch")
 
 
-def make(name, reward_scale=1.0):
+def make(name, reward_scale=1.0, truncation=False):
     """The task of that name.
 
     Args:
         name: one of NAMES.
         reward_scale: factor on every reward (the paper scales rewards in meta-training only).
+        truncation: step also returns whether the horizon alone ended the episode, as its fourth output. (The reference does
+            not tell, so its agents take the horizon for a true end. Catch has no horizon.)
     Returns:
-        Env
+        Env.
     Raises:
         ValueError: unknown name.
     """
@@ -96,20 +122,21 @@ def make(name, reward_scale=1.0):
         return _make_catch(reward_scale)
     if name not in GRIDWORLDS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(NAMES)}")
-    return make_gridworld(GRIDWORLDS[name], reward_scale, name)
+    return make_gridworld(GRIDWORLDS[name], reward_scale, name, truncation)
 
 
-def make_gridworld(world, reward_scale=1.0, name="gridworld"):
-    """Any World as an Env: for grids and objects of your own."""
+def make_gridworld(world, reward_scale=1.0, name="gridworld", truncation=False):
+    """Any World as an Env: for grids and objects of your own. ValueError if the world makes no sense."""
+    _check(world)
     height, width, objects, horizon = world
-    object_rewards, end_probs, respawn_probs = map(jnp.array, zip(*objects))  # (O,) each
+    object_rewards, end_probs, respawn_probs = jnp.array(objects, float).T  # (O,) each
+    reward_scale = jnp.asarray(reward_scale, object_rewards.dtype)
     num_objects, num_cells = len(objects), height * width
     obs_shape = (num_objects + 1, height + 2, width + 2)
-    if num_cells <= num_objects:
-        raise ValueError(f"a {height} x {width} grid is too small for an agent and {num_objects} objects")
 
     def reset(key):
         # Distinct cells: the i-th is drawn among the num_cells - i that are left, then counted past those taken.
+        # jax.random.choice(replace=False) would shuffle all cells for a few, and draw other worlds from the same key.
         draws = jax.random.uniform(key, (num_objects + 1,))
         cells = []
         for i, draw in enumerate(draws):
@@ -134,21 +161,21 @@ def make_gridworld(world, reward_scale=1.0, name="gridworld"):
         done = ended | (time >= horizon)
         state = State(agent, cells, time)
         state = jax.tree.map(lambda new, old: jnp.where(done, new, old), reset(reset_key), state)
-        return state, reward, done
+        return (state, reward, done, done & ~ended) if truncation else (state, reward, done)
 
     def observe(state):
         cells = jnp.concatenate([state.objects, state.agent[None]])  # (O + 1,)
-        with_wall = (cells // width + 1) * (width + 2) + cells % width + 1  # the same cells, the wall's counted too
-        with_wall = jnp.where(cells == ABSENT, ABSENT, with_wall)
-        planes = with_wall[:, None] == jnp.arange(math.prod(obs_shape[1:]))  # an absent object is on no cell
+        padded = (cells // width + 1) * (width + 2) + cells % width + 1  # the same cells, numbered on the padded grid
+        padded = jnp.where(cells == ABSENT, ABSENT, padded)
+        planes = padded[:, None] == jnp.arange(math.prod(obs_shape[1:]))  # an absent object is on no cell
         return planes.reshape(obs_shape).astype(jnp.float32)
 
     return Env(reset, step, observe, obs_shape, len(MOVES), name)
 
 
 def _move(cell, action, height, width):
-    """The cell after an action. Blocked moves stay: also a diagonal one that only one wall blocks."""
-    move = jnp.array(MOVES)[action]
+    """The cell after an action. A move off the grid stays: also a diagonal one that leaves it on one side only."""
+    move = jnp.array(MOVES, cell.dtype)[action]
     row, column = cell // width + move[0], cell % width + move[1]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return jnp.where(inside, row * width + column, cell)
@@ -158,6 +185,23 @@ def _sorted(cells):
     return jnp.sort(jnp.stack(cells)) if cells else ()
 
 
+def _check(world):
+    """Raises ValueError for a world that makes no sense."""
+    height, width, objects, horizon = world
+    if not objects:
+        raise ValueError(f"objects is {objects!r}; a gridworld needs at least one object")
+    if min(height, width) < 1 or height * width <= len(objects):
+        raise ValueError(f"a {height} x {width} grid is too small for an agent and {len(objects)} object(s)")
+    if horizon < 1:
+        raise ValueError(f"horizon is {horizon}; it must be at least 1")
+    for i, object_ in enumerate(map(Object._make, objects)):
+        if not math.isfinite(object_.reward):
+            raise ValueError(f"reward of object {i} is {object_.reward}; it must be finite")
+        for field in ("end_prob", "respawn_prob"):
+            if not 0 <= getattr(object_, field) <= 1:
+                raise ValueError(f"{field} of object {i} is {getattr(object_, field)}; it must lie between 0 and 1")
+
+
 class CatchState(NamedTuple):
     ball_row: jax.Array  # [] int32
     ball_column: jax.Array  # [] int32
@@ -165,16 +209,17 @@ class CatchState(NamedTuple):
 
 
 def _make_catch(reward_scale):
-    """Catch: 10 x 5 board; the ball falls a row a step; at the last row +1 if the paddle is under it, else -1."""
+    """Catch: 10 x 5 board; the ball falls one row per step; at the last row +1 if the paddle is under it, else -1."""
     rows, columns = 10, 5
+    reward_scale = jnp.asarray(reward_scale, float)
 
     def reset(key):
         zero = jnp.zeros((), jnp.int32)
-        return CatchState(zero, jax.random.randint(key, (), 0, columns), zero + columns // 2)
+        return CatchState(zero, jax.random.randint(key, (), 0, columns, jnp.int32), zero + columns // 2)
 
     def step(key, state, action):
         # Actions 0, 1, 2 move the paddle by -1, 0, +1; the board's edge stops it.
-        paddle = jnp.clip(state.paddle + action - 1, 0, columns - 1)
+        paddle = jnp.clip(state.paddle + action - 1, 0, columns - 1).astype(jnp.int32)
         state = CatchState(state.ball_row + 1, state.ball_column, paddle)
         done = state.ball_row == rows - 1
         reward = reward_scale * jnp.where(state.ball_column == paddle, 1.0, -1.0) * done

@@ -1,4 +1,4 @@
-"""Gridworlds and Catch against a simulator in plain Python that knows rows and columns, and against their statistics."""
+"""Gridworlds and Catch against a simulator in plain Python, which knows rows and columns, and their statistics."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 import gridworld
 
 SPARSE, DENSE = [(1, 0, 0.05), (-1, 0.5, 0.05)], [(1, 0, 0.5), (-1, 0.5, 0.5)]
-TABLE = {  # height, width, objects (reward, probability to end the episode, respawn probability), horizon
+TABLE = {  # the paper's: height, width, objects (reward, end probability, respawn probability), horizon
     "small_sparse_short": (3, 8, SPARSE, 50),
     "small_sparse_long": (8, 3, SPARSE, 500),
     "small_dense_short": (4, 6, DENSE, 50),
@@ -24,7 +24,7 @@ COMPASS = {0: "", 1: "N", 2: "E", 3: "S", 4: "W", 5: "SW", 6: "SE", 7: "NE", 8: 
 
 
 class Simulator:
-    """A gridworld as the paper tells it, one object at a time. Cells are (row, column); a collected object's is None."""
+    """A gridworld as the paper tells it, object by object. Cells are (row, column), None for a collected object."""
 
     def __init__(self, spec, reset_draws):
         self.height, self.width, self.objects, self.horizon = spec
@@ -75,7 +75,7 @@ def play(env, keys, actions, state):
 
 
 @functools.cache
-def random_play(name, num_steps=600, num_envs=500):
+def random_play(name, num_steps=600, num_envs=300):
     """A random policy: states before each step, actions, rewards, dones, states after it, each [T, N]."""
     env = gridworld.make(name)
 
@@ -112,6 +112,16 @@ def test_worlds_are_those_of_the_table():
         env = gridworld.make(name)
         assert (env.obs_shape, env.num_actions) == ((len(objects) + 1, height + 2, width + 2), 9)
     assert (gridworld.make("catch").obs_shape, gridworld.make("catch").num_actions) == ((10, 5), 3)
+
+
+def test_the_header_s_table_is_that_of_the_paper():
+    rows = [line.split("|")[1:-1] for line in gridworld.__doc__.splitlines() if line.startswith(("| small", "| big"))]
+    told = {}
+    for name, grid, good, bad, respawn, horizon in ([cell.strip() for cell in row] for row in rows):
+        height, width = map(int, grid.split(" x "))
+        objects = [(1, 0, float(respawn))] * int(good) + [(-1, 0.5, float(respawn))] * int(bad)
+        told[name] = (height, width, objects, int(horizon))
+    assert told == TABLE
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -157,9 +167,9 @@ def test_every_step_of_catch_is_that_of_a_plain_simulator():
 def test_collection_and_respawn_have_their_probabilities(name):
     _, _, objects, horizon = TABLE[name]
     before, _, rewards, dones, after = random_play(name)
-    going_on = before.time + 1 < horizon
-    assert_frequency(dones[(rewards == -1) & going_on], 0.5)  # the bad object alone was collected
-    assert not np.any(dones[(rewards == 1) & going_on])
+    continues = before.time + 1 < horizon
+    assert_frequency(dones[(rewards == -1) & continues], 0.5)  # the bad object alone was collected
+    assert not np.any(dones[(rewards == 1) & continues])
     for i, (value, _, respawn) in enumerate(objects):
         absent = before.objects[..., i] == gridworld.ABSENT
         just_collected = (rewards == value) & ~absent
@@ -219,5 +229,59 @@ def test_reward_scale_multiplies_every_reward_and_nothing_else(name):
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'huge'.*small_sparse_short.*big_dense_long, catch"):
         gridworld.make("huge")
-    with pytest.raises(ValueError, match="1 x 2 grid is too small"):
-        gridworld.make_gridworld(gridworld.World(1, 2, ((1.0, 0.0, 0.5),) * 2, 10))
+
+
+OBJECT = gridworld.Object(1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"objects": ()}, "objects is ().*at least one"),
+        ({"height": 1, "width": 1}, "1 x 1 grid is too small"),
+        ({"height": 1, "width": 2, "objects": (OBJECT,) * 2}, "1 x 2 grid is too small for an agent and 2"),
+        ({"height": -2, "width": -3}, "-2 x -3 grid is too small"),
+        ({"horizon": 0}, "horizon is 0"),
+        ({"objects": (OBJECT, OBJECT._replace(end_prob=1.5))}, "end_prob of object 1 is 1.5"),
+        ({"objects": ((1.0, 0.0, -0.1),)}, "respawn_prob of object 0 is -0.1"),
+        ({"objects": (OBJECT._replace(respawn_prob=float("nan")),)}, "respawn_prob of object 0 is nan"),
+        ({"objects": (OBJECT._replace(reward=float("inf")),)}, "reward of object 0 is inf"),
+    ],
+)
+def test_a_world_that_makes_no_sense_is_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        gridworld.make_gridworld(gridworld.World(4, 4, (OBJECT,), 10)._replace(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["small_dense_short", "catch"])
+def test_types_survive_float64_and_any_reward_scale(name):
+    with jax.enable_x64(True):
+        env, keys = gridworld.make(name, 100), jax.random.split(jax.random.key(11), 60)
+        state = env.reset(keys[0])
+        actions = np.random.default_rng(12).integers(0, env.num_actions, 60)  # int64
+        rewards, _, observations = play(env, keys, actions, state)  # a scan: each step must keep the state's types
+        assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("int32")}
+        assert rewards.dtype == "float64" and set(np.abs(rewards).tolist()) <= {0.0, 100.0, 200.0}
+        assert observations.dtype == "float32"
+    for scale in (2, np.float64(2), jnp.float32(2)):
+        env = gridworld.make(name, scale)
+        reward = jax.eval_shape(env.step, keys[0], env.reset(keys[0]), 0)[1]
+        assert reward.dtype == "float32" and not reward.weak_type
+
+
+def test_truncation_is_told_where_the_horizon_alone_ends_an_episode():
+    plain, told = gridworld.make("small_dense_short"), gridworld.make("small_dense_short", truncation=True)
+    keys = jax.random.split(jax.random.key(0), 64)
+    steps = {"plain": jax.jit(jax.vmap(plain.step)), "told": jax.jit(jax.vmap(told.step))}
+    states, ends = jax.vmap(plain.reset)(keys), {"truncated": 0, "ended": 0}
+    for t in range(120):
+        step_keys = jax.vmap(lambda key, t=t: jax.random.fold_in(key, t))(keys)
+        actions = jax.random.randint(jax.random.fold_in(keys[0], t), (64,), 0, 9)
+        times, expected = states.time, steps["plain"](step_keys, states, actions)
+        *found, truncated = steps["told"](step_keys, states, actions)
+        jax.tree.map(np.testing.assert_array_equal, tuple(found), expected)
+        states, _, dones = expected
+        assert not np.any(truncated & ~(dones & (times == 49)))
+        ends = {"truncated": ends["truncated"] + truncated.sum(), "ended": ends["ended"] + (dones & ~truncated).sum()}
+    assert ends["truncated"] > 5 and ends["ended"] > 50
