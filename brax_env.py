@@ -1,15 +1,18 @@
+# SPDX-License-Identifier: MIT
 """Brax: the robots on which learned optimizers are tested, as episodes that restart by themselves (paper: appendix).
 
-| symbol | here | shape |
+| symbol | in code | shape |
 |---|---|---|
 | s | State of one environment, arrays only; jax.vmap makes many | |
 | obs | observe(state) | [D] |
 | a | action, each entry in [-1, 1] | [A] |
-| r | reward, unscaled | [] |
+| r | reward, unscaled; NaN where the simulation diverged | [] |
 | done | the episode ended with this step; the returned state is already the next episode's first | [] bool |
-| truncation | the time limit alone ended it; it could have gone on | [] bool |
+| truncation | it did not end by itself: the time limit ended it, or the simulation diverged | [] bool |
 
 Done and truncation differ because only after a true end (done and not truncation) is it certain that no reward follows.
+A simulation diverges when an observation or reward stops being finite. Its episode ends there and the environment
+restarts, so later steps are sound. The reward of that step is NaN: a learner can count the step and leave it out.
 
 Example:
     import jax, brax_env
@@ -22,27 +25,25 @@ Example:
         states, rewards, dones, truncations = step(jax.numpy.stack(step_keys), states, actions)
     print(jax.vmap(env.observe)(states).shape, rewards)
 
-NOTE: rewards, dones and truncations are those of Brax's EpisodeWrapper and AutoResetWrapper, step for step. As there, an
-environment starts all its episodes from the one state that its reset drew; other environments have other first states.
-Copy this file: needs jax, brax.
+NOTE: while the simulation stays finite, rewards, dones and truncations are those of Brax's EpisodeWrapper and
+AutoResetWrapper, step for step. As there, an environment starts all its episodes from the one state that its reset
+drew; other environments have other first states.
+NOTE: Brax is imported when the first robot is made, so importing this file alone is cheap.
+Copy this file: needs jax >= 0.10, brax >= 0.14, mujoco and mujoco-mjx (of one version).
 """
 
 import contextlib
 import io
+import os
 import warnings
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Importing Brax prints that an optional GPU engine is missing and warns of a package it still imports; loading a robot
-# warns that Brax is no longer developed. None of this belongs into the output of a training run.
-with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from brax import envs
-warnings.filterwarnings("ignore", message="Brax System, piplines and environments")
-
-# Brax's robots that have spring physics (swimmer has not)
+# Brax's robots that have spring physics (swimmer does not)
 NAMES = (
     "ant",
     "halfcheetah",
@@ -70,7 +71,7 @@ class Env(NamedTuple):
 class State(NamedTuple):
     physics: Any  # Brax's pytree of the bodies
     obs: jax.Array  # [D]
-    time: jax.Array  # [] int32 steps since the episode began, repeated actions counted each
+    time: jax.Array  # [] int32 physics steps since the episode began: action_repeat for each action
     first_physics: Any  # what the next episode starts from
     first_obs: jax.Array  # [D]
 
@@ -88,13 +89,16 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
     Raises:
         ValueError: an unknown name or backend, or a size below one.
     """
-    _check(name, episode_length, action_repeat, backend)
-    robot = envs.get_environment(name, backend=backend)
+    for size, steps in (("episode_length", episode_length), ("action_repeat", action_repeat)):
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ValueError(f"{size} is {steps}; it must be a whole number, at least 1")
+    robot = load_robot(name, backend)
     shapes = jax.eval_shape(robot.reset, jax.random.key(0))  # of Brax's whole record of an environment
 
     def reset(key):
         first = robot.reset(key)
-        return State(first.pipeline_state, first.obs, jnp.int32(0), first.pipeline_state, first.obs)
+        state = State(first.pipeline_state, first.obs, jnp.int32(0), first.pipeline_state, first.obs)
+        return jax.tree.map(jnp.copy, state)  # an array that appears twice could not be donated
 
     def step(key, state, action):
         del key  # the physics draws no random numbers; other environments do
@@ -104,11 +108,13 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
         record, rewards = jax.lax.scan(lambda r, _: _step_and_reward(robot, r, action), record, length=action_repeat)
         time = state.time + action_repeat
         terminated, out_of_time = record.done.astype(bool), time >= episode_length
-        done = terminated | out_of_time
+        reward = rewards.sum()
+        sound = jnp.isfinite(reward) & jnp.isfinite(record.obs).all()
+        done, truncation = terminated | out_of_time | ~sound, out_of_time & ~terminated | ~sound
         first = State(state.first_physics, state.first_obs, jnp.zeros_like(time), state.first_physics, state.first_obs)
         state = State(record.pipeline_state, record.obs, time, state.first_physics, state.first_obs)
         state = jax.tree.map(lambda x, y: jnp.where(done, x, y), first, state)
-        return state, rewards.sum(), done, out_of_time & ~terminated
+        return state, jnp.where(sound, reward, jnp.nan), done, truncation
 
     def observe(state):
         return state.obs
@@ -121,11 +127,37 @@ def _step_and_reward(robot, record, action):
     return record, record.reward
 
 
-def _check(name, episode_length, action_repeat, backend):
+def load_robot(name, backend="spring"):
+    """Brax's own environment of that name, without a time limit: its bodies are in .sys, its time step in .dt.
+
+    Raises:
+        ValueError: an unknown name or backend.
+    """
     if name not in NAMES:
         raise ValueError(f"unknown Brax task {name!r}; known: {', '.join(NAMES)}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown Brax backend {backend!r}; known: {', '.join(BACKENDS)}")
-    for size, steps in (("episode_length", episode_length), ("action_repeat", action_repeat)):
-        if steps < 1:
-            raise ValueError(f"{size} is {steps}; it must be at least 1")
+    with _quiet():
+        from brax import envs
+
+        return envs.get_environment(name, backend=backend)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps what Brax and MuJoCo do besides their work out of a program that only simulates; undone on leaving.
+
+    Importing Brax prints that an optional GPU engine is missing. Loading a robot warns that "piplines" (sic) are no
+    longer maintained. MuJoCo writes warnings to the screen and to MUJOCO_LOG.TXT; its import loads a graphics library.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        if "MUJOCO_GL" not in os.environ:  # who sets it gets the graphics they ask for; only the import reads it
+            os.environ["MUJOCO_GL"] = "disabled"
+            stack.callback(os.environ.pop, "MUJOCO_GL", None)
+        import mujoco
+
+        stack.callback(mujoco.set_mju_user_warning, mujoco.get_mju_user_warning())
+        mujoco.set_mju_user_warning(lambda message: None)
+        yield

@@ -1,10 +1,11 @@
+# SPDX-License-Identifier: MIT
 """PPO: the learner of the Brax robots, for any continuous environment and any optax optimizer (paper: appendix).
 
-Proximal policy optimization (Schulman et al. 2017) in the form of Brax's trainer, which the paper used. An update is one
-iteration: every environment acts for a number of short trajectories; the observation statistics take the observations in;
-then num_epochs * num_minibatches optimizer steps, on minibatches of shuffled trajectories.
+Proximal policy optimization (Schulman et al. 2017) as in Brax's trainer, which the paper used. An update is one
+iteration: every environment acts for a number of short trajectories; the observation statistics take the observations
+in; then num_epochs * num_minibatches optimizer steps follow, on minibatches of shuffled trajectories.
 
-| symbol | here | shape |
+| symbol | in code | shape |
 |---|---|---|
 | T, N | rollout_length: steps of a trajectory; num_envs | |
 | B | trajectories: batch_size * num_minibatches of an iteration, batch_size of a minibatch | |
@@ -15,46 +16,47 @@ then num_epochs * num_minibatches optimizer steps, on minibatches of shuffled tr
 | rho | ratio: pi(a|s) now / when it acted | [T, B] |
 | V, G, Adv | values; targets: lambda-returns; advantages | [T, B] |
 
+A simulation may diverge. A step with a reward that is not finite, or beside an observation that is not usable, is invalid:
+the loss leaves it out.
+
 Example:
     import jax, jax.numpy as jnp, optax, ppo
-    from typing import NamedTuple, Callable
-    class Env(NamedTuple):                       # a point that should stay near 0; brax_env.make(name) gives robots
-        reset: Callable = lambda key: jax.random.normal(key)
-        step: Callable = lambda key, x, action: (jnp.clip(x + 0.3 * action[0], -1, 1), -(x**2), jnp.array(False), jnp.array(False))
-        observe: Callable = lambda x: x[None]
-        obs_shape: tuple = (1,)
-        action_size: int = 1
-        name: str = "point"
-    learner = ppo.make(Env(), ppo.Config(num_envs=32, batch_size=32, num_minibatches=4, value_hidden=(32, 32)))
+    from types import SimpleNamespace
+    env = SimpleNamespace(                       # a point that should stay near 0; brax_env.make(name) gives robots
+        reset=jax.random.normal, observe=lambda x: x[None], obs_shape=(1,), action_size=1,
+        step=lambda key, x, action: (jnp.clip(x + 0.3 * action[0], -1, 1), -(x**2), x > 9, x > 9))
+    learner = ppo.make(env, ppo.Config(num_envs=32, batch_size=32, num_minibatches=4, value_hidden=(32, 32)))
     optimizer = optax.adam(3e-3)
     agent_state = learner.init(jax.random.key(0), optimizer)
-    update = jax.jit(lambda agent_state, key: learner.update(optimizer, agent_state, key))
     for key in jax.random.split(jax.random.key(1), 15):
-        agent_state, metrics = update(agent_state, key)
+        agent_state, metrics = jax.jit(learner.update, static_argnums=0)(optimizer, agent_state, key)
     print(metrics["reward"])                     # from about -0.4 to almost 0
 
-NOTE: as in Brax, unlike the PPO paper: values and advantages are computed anew at every optimizer step; an advantage is
-r + discount G' - V, with weights discount^k lambda^(k-1) instead of (discount lambda)^k on later TD errors; rewards are scaled.
-NOTE: unlike Brax, observations are normalised once per iteration and one permutation serves all arrays: the same result, sooner.
-Copy this file: needs jax, optax.
+Deviations from the PPO paper, as in Brax: rewards are scaled; every optimizer step computes values and advantages again;
+an advantage is r + discount G' - V, where G' is the next step's target G: a TD error that lies k steps ahead has the weight
+discount^k lambda^(k-1) instead of (discount lambda)^k.
+Copy this file: needs jax >= 0.10, optax >= 0.2.5, numpy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
+LARGEST = 1e9  # size of an observation that still counts as one: float32 can sum the squares of such numbers
+MOST_COUNTED = 1e8  # observations in the statistics; near 2^30 a small batch would no longer change a float32 count
+
 
 @dataclass(frozen=True)
-class Config:
-    """The defaults are the paper's for inverted_double_pendulum."""
-
+class Config:  # the defaults are the paper's for inverted_double_pendulum
     num_envs: int = 2048  # N
-    batch_size: int = 1024  # trajectories of a minibatch
+    batch_size: int = 1024  # of a minibatch; counts trajectories, not steps (Brax's name for it)
     num_minibatches: int = 32  # optimizer steps of an epoch
     rollout_length: int = 5  # T; longer relies less on the value network
     num_epochs: int = 4  # how often each trajectory is used
@@ -69,9 +71,11 @@ class Config:
     normalize_advantages: bool = True  # over a minibatch: the policy's loss does not depend on the reward's scale
 
     def __post_init__(self):
-        for size in ("num_envs", "batch_size", "num_minibatches", "rollout_length", "num_epochs"):
-            if getattr(self, size) < 1:
-                raise ValueError(f"{size} is {getattr(self, size)}; it must be at least 1")
+        names = ("num_envs", "batch_size", "num_minibatches", "rollout_length", "num_epochs")
+        for name in (*names, "policy_hidden", "value_hidden"):
+            sizes = np.ravel(getattr(self, name))
+            if sizes.size and (not np.issubdtype(sizes.dtype, np.integer) or sizes.min() < 1):
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes whole numbers, at least 1")
         if (total := self.batch_size * self.num_minibatches) % self.num_envs:
             raise ValueError(f"batch_size * num_minibatches = {total} is no multiple of num_envs = {self.num_envs}")
         for fraction in ("discount", "gae_lambda"):
@@ -80,7 +84,7 @@ class Config:
 
 
 class ObsStats(NamedTuple):
-    count: jax.Array  # [] observations seen
+    count: jax.Array  # [] observations seen, at most MOST_COUNTED
     mean: jax.Array  # [D]
     summed_variance: jax.Array  # [D] sum of squared distances from the mean
     std: jax.Array  # [D]
@@ -96,9 +100,11 @@ class AgentState(NamedTuple):
 
 
 class Learner(NamedTuple):
+    """What meta-training needs of an agent. An inner update of PPO is a whole iteration, of many optimizer steps."""
+
     init: Callable  # (key, optimizer) -> AgentState
-    update: Callable  # (optimizer, agent_state, key) -> (agent_state, metrics); one inner update
-    loss: Callable  # (agent_state, key) -> (loss, (agent_state, metrics)); fresh trajectories: the meta-loss
+    update: Callable  # (optimizer, agent_state, key) -> (agent_state, metrics): one inner update
+    loss: Callable  # (agent_state, key) -> (loss, (agent_state, metrics)): of new trajectories, without an update
 
 
 class Trajectories(NamedTuple):
@@ -107,7 +113,8 @@ class Trajectories(NamedTuple):
     log_prob: jax.Array  # [T, B]
     reward: jax.Array  # [T, B]
     terminated: jax.Array  # [T, B] bool: the episode ended by itself
-    truncated: jax.Array  # [T, B] bool: the time limit ended it
+    truncated: jax.Array  # [T, B] bool: the time limit ended it, or the step is invalid
+    valid: jax.Array  # [T, B] bool
 
 
 def make(env, config=Config()):
@@ -115,12 +122,14 @@ def make(env, config=Config()):
 
     Args:
         env: Env of pure functions of one environment, with obs_shape (D,) and action_size; its step returns
-            (state, reward, done, truncation) and restarts by itself.
+            (state, reward, done, truncation) and restarts by itself, also where its simulation diverged.
         config: Config.
     Returns:
         Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
-        the running episodes); episode_return_sum, episode_length_sum and episodes, over the episodes that ended.
+        the running episodes); invalid_steps; episode_return_sum, episode_length_sum, episodes: of those that ended.
     """
+    if len(env.obs_shape) != 1:
+        raise ValueError(f"obs_shape is {env.obs_shape}; PPO's networks take observations with one axis")
     return Learner(partial(init, env, config), partial(update, env, config), partial(loss, env, config))
 
 
@@ -128,10 +137,8 @@ def init(env, config, key, optimizer):
     """A new agent: AgentState."""
     policy_key, value_key, env_key = jax.random.split(key, 3)
     (obs_size,) = env.obs_shape
-    params = {
-        "policy": init_mlp(policy_key, (obs_size, *config.policy_hidden, 2 * env.action_size)),
-        "value": init_mlp(value_key, (obs_size, *config.value_hidden, 1)),
-    }
+    policy_params = init_mlp(policy_key, (obs_size, *config.policy_hidden, 2 * env.action_size))
+    params = {"policy": policy_params, "value": init_mlp(value_key, (obs_size, *config.value_hidden, 1))}
     env_state = jax.vmap(env.reset)(jax.random.split(env_key, config.num_envs))
     stats, so_far = init_obs_stats(obs_size), jnp.zeros((2, config.num_envs))
     return AgentState(params, optimizer.init(params), env_state, stats, *so_far)
@@ -141,12 +148,13 @@ def update(env, config, optimizer, agent_state, key):
     """One PPO iteration: -> (agent_state, metrics)."""
     collect_key, epochs_key = jax.random.split(key)
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
-    carry = (agent_state.params, agent_state.opt_state)
-    # A meta-gradient goes back through every optimizer step. It keeps the gradients, named so below, and the optimizer's
-    # state before each epoch; the states in between it computes again.
+    one_epoch = partial(epoch, config, optax.with_extra_args_support(optimizer), data)
+    # For meta-training only: the backward pass keeps the gradients named in epoch, and the optimizer's state before each
+    # epoch. The states in between it computes again, to save memory.
     keep_gradients = jax.checkpoint_policies.save_only_these_names("agent_gradient")
-    one_epoch = jax.checkpoint(partial(epoch, config, optimizer, data), policy=keep_gradients, prevent_cse=False)
-    (params, opt_state), losses = jax.lax.scan(one_epoch, carry, jax.random.split(epochs_key, config.num_epochs))
+    one_epoch = jax.checkpoint(one_epoch, policy=keep_gradients, prevent_cse=False)
+    carry, keys = (agent_state.params, agent_state.opt_state), jax.random.split(epochs_key, config.num_epochs)
+    (params, opt_state), losses = jax.lax.scan(one_epoch, carry, keys)
     return agent_state._replace(params=params, opt_state=opt_state), metrics | {"loss": losses.mean()}
 
 
@@ -154,7 +162,7 @@ def loss(env, config, agent_state, key):
     """The loss of the current parameters on fresh trajectories, as one batch: -> (loss, (agent_state, metrics))."""
     collect_key, loss_key = jax.random.split(key)
     agent_state, data, metrics = collect(env, config, agent_state, collect_key)
-    loss = ppo_loss(agent_state.params, data, loss_key, config, num_pieces=config.num_minibatches)
+    loss = ppo_loss(agent_state.params, data, loss_key, config)
     return loss, (agent_state, metrics | {"loss": loss})
 
 
@@ -166,8 +174,9 @@ def epoch(config, optimizer, data, carry, key):
     def optimizer_step(carry, inputs):
         (params, opt_state), (chosen, key) = carry, inputs
         minibatch = jax.tree.map(lambda x: x[:, chosen], data)
-        loss, grads = jax.value_and_grad(ppo_loss)(params, minibatch, key, config)
-        updates, opt_state = optimizer.update(checkpoint_name(grads, "agent_gradient"), opt_state, params)
+        loss, grads = checkpoint_name(jax.value_and_grad(ppo_loss)(params, minibatch, key, config), "agent_gradient")
+        # Some optimizers look at the loss too. They get the number only: no meta-gradient flows through it.
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=jax.lax.stop_gradient(loss))
         return (optax.apply_updates(params, updates), opt_state), loss
 
     loss_keys = jax.random.split(loss_key, config.num_minibatches)
@@ -176,8 +185,8 @@ def epoch(config, optimizer, data, carry, key):
 
 def collect(env, config, agent_state, key):
     """Acts for batch_size * num_minibatches trajectories: -> (agent_state, Trajectories, metrics)."""
-    # Trajectories are data: no derivative, the meta-gradient neither, flows through sampled actions, physics or
-    # statistics. It could enter by the parameters only, so it is stopped here, and nothing is kept for a backward pass.
+    # Trajectories are data: no derivative, not even the meta-gradient, flows through actions, physics or statistics. It
+    # could enter by the parameters only, so it is stopped here, and nothing is kept for a backward pass.
     params, stats = jax.lax.stop_gradient(agent_state.params), agent_state.obs_stats
 
     def step(carry, key):
@@ -188,10 +197,11 @@ def collect(env, config, agent_state, key):
         raw_action = loc + scale * jax.random.normal(action_key, loc.shape)
         env_keys = jax.random.split(env_key, config.num_envs)
         env_state, reward, done, truncated = jax.vmap(env.step)(env_keys, env_state, jnp.tanh(raw_action))
+        sound, reward = jnp.isfinite(reward), jnp.where(jnp.isfinite(reward), reward, 0.0)
         episode = (episode_return + reward, episode_length + 1)
         ended_return, ended_length = (jnp.where(done, x, 0.0).sum() for x in episode)
         ended = {"episodes": done.sum(), "episode_return_sum": ended_return, "episode_length_sum": ended_length}
-        transition = (obs, raw_action, log_prob(loc, scale, raw_action), reward, done & ~truncated, truncated)
+        transition = (obs, raw_action, log_prob(loc, scale, raw_action), reward, done & ~truncated, truncated, sound)
         return (env_state, *(jnp.where(done, 0.0, x) for x in episode)), (transition, ended, episode[0])
 
     def trajectory(carry, key):
@@ -200,51 +210,47 @@ def collect(env, config, agent_state, key):
 
     carry = (agent_state.env_state, agent_state.episode_return, agent_state.episode_length)
     keys = jax.random.split(key, config.batch_size * config.num_minibatches // config.num_envs)
-    carry, (((obs, *rest), ended, returns), last_obs) = jax.lax.scan(trajectory, carry, keys)  # [len(keys), T, N, ...]
-    stats = update_obs_stats(stats, obs)
-    obs = normalize(jnp.concatenate([obs, last_obs], axis=1), stats)
-    data = Trajectories(*(x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in (obs, *rest)))
-    env_state, *episode = carry
-    agent_state = AgentState(agent_state.params, agent_state.opt_state, env_state, stats, *episode)
+    carry, ((transitions, ended, returns), last_obs) = jax.lax.scan(trajectory, carry, keys)
+    obs, *rest, truncated, sound = transitions  # [R, T, N, ...] each, where R = len(keys)
+    stats, obs = update_obs_stats(stats, obs), jnp.concatenate([obs, last_obs], axis=1)
+    valid = sound & usable(obs[:, :-1]) & usable(obs[:, 1:])
+
+    def join(x):  # [R, T, N, ...] -> [T, B, ...], where B = R * N
+        x = x.swapaxes(0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    data = Trajectories(*map(join, (normalize(obs, stats), *rest, truncated | ~valid, valid)))
+    agent_state = AgentState(agent_state.params, agent_state.opt_state, carry[0], stats, *carry[1:])
     metrics = jax.tree.map(jnp.sum, ended) | {"reward": data.reward.mean(), "objective": returns.mean()}
-    return agent_state, data, metrics
+    return agent_state, data, metrics | {"invalid_steps": jnp.sum(~valid)}
 
 
-def ppo_loss(params, data, key, config, num_pieces=1):
-    """Clipped surrogate + value_cost * half the squared error - entropy_cost * entropy, each a mean.
+def ppo_loss(params, data, key, config):
+    """Clipped surrogate + value_cost * half the squared error - entropy_cost * entropy, each a mean over valid steps: [].
 
-    Args:
-        params: {"policy", "value"}.
-        data: Trajectories.
-        key: draws the sample that estimates the entropy.
-        config: Config.
-        num_pieces: the networks see the batch in so many pieces, and a backward pass holds the activations of one.
-    Returns: loss [].
+    data is Trajectories; key draws the sample that estimates the entropy.
     """
-    values = in_pieces(value, num_pieces, params, data.obs[:-1])
+    mean = lambda x: jnp.sum(jnp.where(data.valid, x, 0.0)) / jnp.maximum(data.valid.sum(), 1)  # x [T, B]
+    values = value(params, data.obs[:-1])
     bootstrap, rewards = value(params, data.obs[-1]), config.reward_scale * data.reward
-    ends, decays = (data.terminated, data.truncated), (config.discount, config.gae_lambda)
-    targets, advantages = gae(rewards, values, bootstrap, *ends, *decays)
+    decays = {"discount": config.discount, "gae_lambda": config.gae_lambda}
+    targets, advantages = gae(rewards, values, bootstrap, data.terminated, data.truncated, **decays)
     if config.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # 1e-8: they may all be equal
-    loc, scale = in_pieces(policy, num_pieces, params, data.obs[:-1])
+        centered = advantages - mean(advantages)
+        advantages = centered / (jnp.sqrt(mean(centered**2)) + 1e-8)  # 1e-8: they may all be equal
+    loc, scale = policy(params, data.obs[:-1])
     ratio = jnp.exp(log_prob(loc, scale, data.raw_action) - data.log_prob)
     # min(rho Adv, clip(rho, 1 - epsilon, 1 + epsilon) Adv): nothing is gained by moving the ratio further than epsilon
     clipped_ratio = jnp.clip(ratio, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
-    policy_loss = -jnp.mean(jnp.minimum(ratio * advantages, clipped_ratio * advantages))
-    value_loss = 0.5 * jnp.mean((targets - values) ** 2)
-    return policy_loss + config.value_cost * value_loss - config.entropy_cost * entropy(loc, scale, key).mean()
+    policy_loss = -mean(jnp.minimum(ratio * advantages, clipped_ratio * advantages))
+    value_loss = 0.5 * mean((targets - values) ** 2)
+    return policy_loss + config.value_cost * value_loss - config.entropy_cost * mean(entropy(loc, scale, key))
 
 
 def gae(rewards, values, bootstrap, terminated, truncated, discount, gae_lambda):
-    """Generalized advantage estimation, as Brax computes it.
+    """Generalized advantage estimation, as Brax computes it: (targets, advantages) [T, B], without gradient.
 
-    Args:
-        rewards, values: [T, B].
-        bootstrap: [B], value after the last step.
-        terminated, truncated: [T, B], bool.
-    Returns:
-        (targets, advantages), both [T, B], without gradient: they are data to the loss.
+    rewards, values, terminated, truncated are [T, B]; bootstrap is the value after the last step, [B].
     """
     # After a termination nothing follows: the next value counts 0. After a truncation more would have followed, but the
     # next observation is the next episode's, so the value of what would have is unknown. Such a step teaches nothing:
@@ -266,9 +272,7 @@ def gae(rewards, values, bootstrap, terminated, truncated, discount, gae_lambda)
 
 def log_prob(loc, scale, raw_action):
     """log pi(a|s) = sum_i log N(u_i; loc_i, scale_i) - log |da_i/du_i|; [..., A] -> [...].
-
-    A function of u, not of a: tanh is not invertible in floating point where it saturates.
-    """
+    A function of u, not of a: tanh is not invertible in floating point where it saturates."""
     log_normal = -0.5 * ((raw_action - loc) / scale) ** 2 - jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
     return (log_normal - log_det_tanh(raw_action)).sum(-1)
 
@@ -295,22 +299,10 @@ def value(params, obs):
     return mlp(params["value"], obs)[..., 0]
 
 
-def in_pieces(network, num_pieces, params, obs):
-    """network(params, obs [T, B, D]), which takes B in pieces and computes each again in a backward pass."""
-    if num_pieces == 1:
-        return network(params, obs)
-    pieces = jnp.stack(jnp.split(obs, num_pieces, axis=1))
-    outputs = jax.lax.map(jax.checkpoint(partial(network, params), prevent_cse=False), pieces)
-    return jax.tree.map(lambda x: jnp.concatenate(x, axis=1), outputs)
-
-
 def init_mlp(key, sizes):
     """LeCun-uniform kernels, zero biases: {"layer_0": {"kernel" [in, out], "bias" [out]}, ...}."""
-    keys, kernel = jax.random.split(key, len(sizes) - 1), jax.nn.initializers.lecun_uniform()
-    shapes = zip(sizes[:-1], sizes[1:])
-    return {
-        f"layer_{i}": {"kernel": kernel(keys[i], shape), "bias": jnp.zeros(shape[1])} for i, shape in enumerate(shapes)
-    }
+    kernel, layers = jax.nn.initializers.lecun_uniform(), zip(jax.random.split(key, len(sizes) - 1), sizes, sizes[1:])
+    return {f"layer_{i}": {"kernel": kernel(key, (n, m)), "bias": jnp.zeros(m)} for i, (key, n, m) in enumerate(layers)}
 
 
 def mlp(layers, x):
@@ -324,37 +316,32 @@ def mlp(layers, x):
 
 def init_obs_stats(obs_size):
     """Statistics that leave observations as they are."""
-    return ObsStats(jnp.zeros(()), jnp.zeros(obs_size), jnp.zeros(obs_size), jnp.ones(obs_size))
+    return ObsStats(jnp.zeros(()), *jnp.zeros((2, obs_size)), jnp.ones(obs_size))
 
 
 def update_obs_stats(stats, obs):
-    """Welford's running mean and variance, by a batch of observations [..., D] at a time."""
+    """Welford's running mean and variance, by a batch of observations [..., D] at a time; only usable ones count."""
     obs = obs.reshape(-1, obs.shape[-1])
-    count = stats.count + len(obs)
-    mean = stats.mean + (obs - stats.mean).sum(0) / count
-    summed_variance = stats.summed_variance + ((obs - stats.mean) * (obs - mean)).sum(0)
-    # Rounding may leave a sum below 0; the floor keeps an observation that never changes finite.
-    std = jnp.clip(jnp.sqrt(jnp.maximum(summed_variance, 0.0) / count), 1e-6, 1e6)
-    return ObsStats(count, mean, summed_variance, std)
+    used = usable(obs)[:, None]
+    added, total = used.sum(), lambda x: jnp.where(used, x, 0.0).sum(0)
+    count = stats.count + added
+    # Distances from a point near the mean lose no digits: the mean so far, or at first this batch's.
+    start = jnp.where(stats.count > 0, stats.mean, total(obs) / added)
+    mean = start + total(obs - start) / count
+    summed_variance = stats.summed_variance + total((obs - start) * (obs - mean))
+    # Rounding may leave a sum below 0. The floor exceeds the rounding error of a mean of equal observations.
+    floor = 1e-6 * jnp.maximum(1.0, jnp.abs(mean))
+    std = jnp.clip(jnp.sqrt(jnp.maximum(summed_variance, 0.0) / count), floor, 1e6)
+    fade = jnp.minimum(1.0, MOST_COUNTED / count)  # of old observations, so that new ones never cease to count
+    updated = ObsStats(fade * count, mean, fade * summed_variance, std)
+    return jax.tree.map(lambda new, old: jnp.where(added > 0, new, old), updated, stats)
+
+
+def usable(obs):
+    """Which observations [..., D] are finite and of a size that float32 can square and sum: bool [...]."""
+    return (jnp.abs(obs) <= LARGEST).all(-1)
 
 
 def normalize(obs, stats):
-    """obs [..., D] to mean 0 and standard deviation 1."""
-    return (obs - stats.mean) / stats.std
-
-
-def evaluate(env, params, obs_stats, key, num_episodes):
-    """Returns [num_episodes] of whole episodes played without noise, a = tanh(loc); the environment's must all end."""
-    reset_key, key = jax.random.split(key)
-
-    def step(carry):
-        env_state, returns, ended, key = carry
-        key, env_key = jax.random.split(key)
-        loc, _ = policy(params, normalize(jax.vmap(env.observe)(env_state), obs_stats))
-        keys = jax.random.split(env_key, num_episodes)
-        env_state, reward, done, _ = jax.vmap(env.step)(keys, env_state, jnp.tanh(loc))
-        return env_state, returns + jnp.where(ended, 0.0, reward), ended | done, key
-
-    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
-    carry = (env_state, jnp.zeros(num_episodes), jnp.zeros(num_episodes, bool), key)
-    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1]
+    """obs [..., D] to mean 0 and standard deviation 1; entries that are not usable become 0."""
+    return jnp.where(jnp.abs(obs) <= LARGEST, (obs - stats.mean) / stats.std, 0.0)

@@ -1,6 +1,7 @@
 """ppo.py against Brax's own loss and statistics, NumPy, the chain rule, and a robot that it must balance."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from brax.training.agents.ppo import networks as brax_networks
 
 import brax_env
 import ppo
+from harness import tasks
 
 T, B, D, A = 6, 16, 5, 2
 CONFIG = ppo.Config(
@@ -39,6 +41,7 @@ def random_data(key):
         reward=jax.random.normal(keys[3], (T, B)),
         terminated=jax.random.bernoulli(keys[5], 0.15, (T, B)) & ~truncated,
         truncated=truncated,
+        valid=jnp.ones((T, B), bool),
     )
 
 
@@ -124,6 +127,47 @@ def test_observation_statistics_agree_with_brax_and_with_numpy():
     np.testing.assert_allclose(ours.std, everything.std(0), rtol=1e-5)
 
 
+def test_statistics_keep_their_digits_where_observations_are_large_and_vary_little():
+    columns = np.array([1e4, -3e5, 1e8, 1.0, 0.0]), np.array([0.1, 1.0, 1e3, 1e-4, 1e-3])
+    batches = [m + s * np.random.default_rng(i).normal(size=(4000, 5)) for i, (m, s) in enumerate([columns] * 3)]
+    batches = [batch.astype(np.float32) for batch in batches]
+    stats = functools.reduce(ppo.update_obs_stats, batches, ppo.init_obs_stats(5))
+    everything = np.concatenate(batches).astype(float)
+    np.testing.assert_allclose(stats.mean, everything.mean(0), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(stats.std, everything.std(0), rtol=0.01)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -12345.678, 3e8])
+def test_an_observation_that_never_changes_is_normalised_to_about_zero(constant):
+    obs, stats = jnp.full((7777, 1), constant), ppo.init_obs_stats(1)
+    for _ in range(3):
+        stats = ppo.update_obs_stats(stats, obs)
+        assert abs(ppo.normalize(obs, stats)).max() < 1
+
+
+def test_an_observation_that_is_not_usable_leaves_the_statistics_alone():
+    good = 2 + jax.random.normal(jax.random.key(0), (100, D))
+    expected = ppo.update_obs_stats(ppo.init_obs_stats(D), good)
+    bad = jnp.stack([good[0].at[i].set(x) for i, x in enumerate([jnp.nan, jnp.inf, -jnp.inf, 1e20])])
+    found = ppo.update_obs_stats(ppo.init_obs_stats(D), jnp.concatenate([bad, good]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    for stats in (ppo.init_obs_stats(D), expected):
+        jax.tree.map(np.testing.assert_array_equal, ppo.update_obs_stats(stats, bad), stats)
+    normalized = ppo.normalize(bad, expected)
+    np.testing.assert_array_equal(normalized[jnp.arange(4), jnp.arange(4)], 0)
+    assert np.isfinite(normalized).all()
+
+
+def test_statistics_of_a_long_run_still_follow_what_is_seen():
+    stats = ppo.ObsStats(jnp.float32(3e9), jnp.zeros(1), jnp.full(1, 3e9), jnp.ones(1))  # 3e9 + 160 == 3e9
+    obs, many = jnp.tile(jnp.array([[4.0], [6.0]]), (80, 1)), 500_000
+    stats, _ = jax.lax.scan(lambda stats, _: (ppo.update_obs_stats(stats, obs), None), stats, length=many)
+    # Old observations fade with weight exp(-160 many / MOST_COUNTED); mixture of N(0, 1) and 5 +- 1.
+    new = 1 - np.exp(-160 * many / ppo.MOST_COUNTED)
+    np.testing.assert_allclose(stats.mean, 5 * new, rtol=0.05)
+    np.testing.assert_allclose(stats.std, np.sqrt(1 + 25 * new * (1 - new)), rtol=0.05)
+
+
 def point_env():
     """A toy: the state moves by the action and pays its negative square."""
 
@@ -139,15 +183,85 @@ TOY = ppo.Config(
 )
 
 
+def diverging_env(wrong, in_reward):
+    """The point, whose 7th step has a wrong number as its reward, or else as the observation after it, and ends."""
+
+    def step(key, state, action):
+        x, time = state
+        x, time = x + 0.3 * action[0], time + 1
+        reward = jnp.where((time == 7) & in_reward, wrong, -(x**2))
+        return (x, time), reward, time == 7, time == 7
+
+    def observe(state):
+        return jnp.where((state[1] == 7) & ~in_reward, wrong, state[0])[None]
+
+    return brax_env.Env(lambda key: (jax.random.normal(key), jnp.int32(0)), step, observe, (1,), 1, "diverging")
+
+
+@functools.cache
+def updated_by_diverging():
+    """Function: (wrong, in_reward) -> (agent, metrics) after one update, of 16 trajectories of 5 steps."""
+
+    def run(wrong, in_reward):
+        learner, optimizer = ppo.make(diverging_env(wrong, in_reward), TOY), optax.adam(1e-2)
+        return learner.update(optimizer, learner.init(jax.random.key(0), optimizer), jax.random.key(1))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize(
+    "in_reward, wrong, num_invalid", [(False, np.nan, 2), (False, 1e20, 2), (True, np.nan, 1), (True, np.inf, 1)]
+)
+def test_a_step_that_diverges_is_counted_and_poisons_nothing(in_reward, wrong, num_invalid):
+    agent, metrics = updated_by_diverging()(wrong, in_reward)
+    # The 7th step of each of the 8 environments ends in the wrong observation, their 8th begins with it.
+    assert metrics["invalid_steps"] == num_invalid * 8
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((agent, metrics)) if jnp.isdtype(x.dtype, "real floating"))
+    assert agent.obs_stats.count == (80 if in_reward else 72) and agent.obs_stats.std < 10
+    assert metrics["episodes"] == 8
+
+
+def test_the_loss_leaves_invalid_steps_out():
+    params, data, key = random_params(jax.random.key(0)), random_data(jax.random.key(10)), jax.random.key(20)
+    # Trajectories that are wholly invalid count as little as if they were not there.
+    config = dataclasses.replace(CONFIG, entropy_cost=0.0)  # its sample depends on the batch's size
+    valid = jnp.arange(B) < 10
+    masked = data._replace(valid=jnp.broadcast_to(valid, (T, B)), truncated=data.truncated | ~valid)
+    fewer = jax.tree.map(lambda x: x[:, :10], data)
+    loss = jax.jit(jax.value_and_grad(ppo.ppo_loss), static_argnums=3)
+    found, expected = (loss(params, x, key, config) for x in (masked, fewer))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    nothing = loss(params, masked._replace(valid=jnp.zeros((T, B), bool)), key, config)
+    assert not any(np.any(x) for x in jax.tree.leaves(nothing))
+
+
 def test_ppo_learns_on_any_environment():
     learner, optimizer = ppo.make(point_env(), TOY), optax.adam(1e-2)
+    train = jax.jit(lambda agent, keys: jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys))
     agent = learner.init(jax.random.key(0), optimizer)
-    _, metrics = jax.lax.scan(
-        lambda a, k: learner.update(optimizer, a, k), agent, jax.random.split(jax.random.key(1), 200)
-    )
-    assert (
-        metrics["reward"][-20:].mean() > 0.2 * metrics["reward"][:20].mean() - 0.01
-    )  # both negative: a fifth of the cost
+    rewards = train(agent, jax.random.split(jax.random.key(1), 200))[1]["reward"]
+    assert rewards[-20:].mean() > 0.2 * rewards[:20].mean() - 0.01  # both negative: a fifth of the cost
+
+
+def test_an_optimizer_sees_the_loss_and_no_gradient_flows_through_it():
+    config = dataclasses.replace(TOY, num_epochs=1, num_minibatches=1)
+    learner = ppo.make(point_env(), config)
+    agent = learner.init(jax.random.key(0), optax.sgd(0.0))
+
+    def step(grads, state, params=None, *, value, **_):  # an optimizer whose step is the loss
+        return jax.tree.map(lambda g: value + 0 * g, grads), state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: (), step)
+
+    def moved_by(params):
+        after, metrics = learner.update(optimizer, agent._replace(params=params, opt_state=()), jax.random.key(1))
+        name = ("value", "layer_0", "bias")
+        before, after = (functools.reduce(lambda tree, key: tree[key], name, p) for p in (params, after.params))
+        return (after - before)[0], metrics["loss"]
+
+    (moved, loss), slope = jax.jit(jax.value_and_grad(moved_by, has_aux=True))(agent.params)
+    np.testing.assert_allclose(moved, loss, rtol=1e-5)
+    assert loss != 0 and not any(np.any(x) for x in jax.tree.leaves(slope))
 
 
 def test_the_meta_gradient_is_the_chain_rule_through_the_optimizer():
@@ -173,11 +287,24 @@ def test_nothing_is_differentiated_through_rollouts():
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(num_envs=0), dict(num_envs=7, batch_size=8, num_minibatches=1), dict(discount=1.5)]
+    "changes, message",
+    [
+        ({"num_envs": 0}, "num_envs is 0"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"value_hidden": (8, 0)}, r"value_hidden is \(8, 0\)"),
+        ({"num_envs": 7, "batch_size": 8, "num_minibatches": 1}, "= 8 is no multiple of num_envs = 7"),
+        ({"discount": 1.5}, "discount is 1.5"),
+        ({"gae_lambda": float("nan")}, "gae_lambda is nan"),
+    ],
 )
-def test_impossible_configs_are_refused(changes):
-    with pytest.raises(ValueError):
+def test_impossible_configs_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
         ppo.Config(**changes)
+
+
+def test_observations_with_several_axes_are_refused():
+    with pytest.raises(ValueError, match=r"obs_shape is \(2, 3\)"):
+        ppo.make(point_env()._replace(obs_shape=(2, 3)), TOY)
 
 
 def test_the_pendulum_is_balanced():
@@ -237,7 +364,7 @@ def test_one_update_equals_a_python_loop():
     seen = np.stack(seen).reshape(-1, 2)
     mean, std = seen.mean(0), np.maximum(seen.std(0), 1e-6)
     obs, *rest = (np.concatenate(x, axis=1) for x in zip(*trajectories))
-    data = [(obs - mean) / std, *rest]
+    data = [(obs - mean) / std, *rest, np.ones((TOY.rollout_length, 16), bool)]
 
     params, opt_state = start.params, start.opt_state
     gradient = jax.jit(jax.grad(ppo.ppo_loss), static_argnums=3)
@@ -263,19 +390,20 @@ def test_one_update_equals_a_python_loop():
 
 
 def test_the_meta_gradient_agrees_with_finite_differences():
-    # The optimizer moves the policy only: were values to move, their targets, which the loss holds fixed, would move too.
+    # The optimizer moves the policy only: if values moved, their targets, which the loss holds fixed, would move too.
     optimizer = lambda alpha: optax.multi_transform(
         {"policy": optax.adam(alpha), "value": optax.set_to_zero()}, {"policy": "policy", "value": "value"}
     )
     with jax.enable_x64(True):
         learner, alpha = ppo.make(point_env(), TOY), 1e-2
-        agent = learner.init(jax.random.key(0), optimizer(alpha))
-        update = lambda alpha: learner.update(optimizer(alpha), agent, jax.random.key(1))[0]
+        agent = jax.jit(lambda: learner.init(jax.random.key(0), optimizer(alpha)))()
+        update = jax.jit(lambda alpha: learner.update(optimizer(alpha), agent, jax.random.key(1))[0])
         meta_grad = jax.jit(jax.grad(lambda alpha: learner.loss(update(alpha), jax.random.key(2))[0]))(alpha)
         # The meta-loss's trajectories are data: the ones at alpha serve both sides of the difference.
         collect_key, loss_key = jax.random.split(jax.random.key(2))
-        data = jax.jit(lambda: ppo.collect(point_env(), TOY, update(alpha), collect_key)[1])()
-        meta_loss = jax.jit(lambda alpha: ppo.ppo_loss(update(alpha).params, data, loss_key, TOY))
+        data = jax.jit(lambda agent: ppo.collect(point_env(), TOY, agent, collect_key)[1])(update(alpha))
+        loss = jax.jit(lambda params: ppo.ppo_loss(params, data, loss_key, TOY))
+        meta_loss = lambda alpha: loss(update(alpha).params)
         difference = (meta_loss(alpha + 1e-6) - meta_loss(alpha - 1e-6)) / 2e-6
         assert data.obs.dtype == jnp.float64 and abs(difference) > 1e-3
         # Central differences err by about 1e-12 (third derivative) and 1e-16 / 1e-6 (rounding).
@@ -286,12 +414,19 @@ def test_agents_on_a_vmapped_axis_learn_as_they_do_alone():
     learner, optimizer = ppo.make(counting_env(), TOY), optax.sgd(1e-2)
     live = jax.jit(lambda key: learner.update(optimizer, learner.init(key, optimizer), key))
     keys = jax.random.split(jax.random.key(0), 3)
-    together, alone = jax.vmap(live)(keys), live(keys[1])
+    together, alone = jax.jit(jax.vmap(live))(keys), live(keys[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), together, alone)
 
 
 def test_evaluation_plays_whole_episodes():
     learner = ppo.make(counting_env(), TOY)
     agent = learner.init(jax.random.key(0), optax.sgd(0.0))
-    returns = ppo.evaluate(counting_env(), agent.params, agent.obs_stats, jax.random.key(1), 4)
+    returns = tasks.play(counting_env(), agent.params, agent.obs_stats, jax.random.key(1), 4)
     np.testing.assert_array_equal(returns, [6.0] * 4)  # 1 + 2 + 3, and nothing of the next episode
+
+
+def test_an_evaluation_survives_a_simulation_that_diverges():
+    env = diverging_env(np.nan, jnp.array(True))
+    agent = ppo.make(env, TOY).init(jax.random.key(0), optax.sgd(0.0))
+    returns = tasks.play(env, agent.params, agent.obs_stats, jax.random.key(1), 4)
+    assert np.isfinite(returns).all() and (returns < 0).all()
