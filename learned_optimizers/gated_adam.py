@@ -1,8 +1,9 @@
-"""GatedAdam: a learned optimizer of our own, Adam whose step and momentum are gated by 20 learned numbers (not in the paper).
+# SPDX-License-Identifier: MIT
+"""GatedAdam: Adam whose step and momentum are gated by 20 learned numbers (our own optimizer, not in the paper).
 
-Optim4RL's networks see the raw gradient g and g^2. An agent's gradients are small, 1e-6 to 1e-1, so the networks see next to
-nothing of them and learn a step size, at best a schedule. Here the moments are Adam's, and the gates, the same for
-every scalar as in Optim4RL, see only ratios of them, the shape of the tensor that the scalar is part of, and the agent's age:
+Optim4RL's networks see the raw gradient g and g^2. An agent's gradients are often so small, 1e-6 to 1e-1, that the
+networks see next to nothing of them (figure 1 of the paper shows the sizes). Here the moments are Adam's, and two
+linear gates, the same for every scalar, see only ratios of moments, the shape of the tensor, and the agent's age:
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2        both bias-corrected; b1, b2 learned
     x = (log of m^2 / v, log of v / mean v, 1 in vectors and 0 in matrices, log of fan-in, log of fan-out,
@@ -10,53 +11,70 @@ every scalar as in Optim4RL, see only ratios of them, the shape of the tensor th
     o1, o2 = Linear(x)
     delta = -alpha exp(o1) ((1 - s) g + s m) / sqrt(v + eps),  s = sigmoid(o2)
 
-| symbol | here | shape |
+| symbol | in code | shape |
 |---|---|---|
-| g | gradient | like the agent's parameters |
-| m, v | Adam's moments; mean v is over all scalars of the agent | like g, zero at first |
-| x | signal to noise, relative size of the gradient, shape of the tensor, age | 8 numbers for each scalar |
-| fan-out, fan-in | the last axis of a tensor, and the product of all others | [] |
-| t | updates so far, with this one; x stops counting at 500 | [] |
+| g | gradient of one leaf of the parameters | [*leaf] |
+| m, v | Adam's moments, zero at first; mean v is over all scalars of the agent | [*leaf] each |
+| x | signal to noise, relative size of the gradient, shape of the tensor, age: see gates | 8 numbers for each scalar |
+| fan-in, fan-out | how many inputs and outputs the tensor connects; see fans | [] |
+| t | count: updates so far, with this one; x stops counting at 500 | [] |
 | theta | meta_params, 20 numbers | see init_meta_params |
 | alpha | learning_rate: a number, a traced array or an optax schedule | [] |
 
-The gate o1 reaches from sign descent (by m^2 / v) over RMSProp and Adam towards plain gradient descent (by v / mean v), with any
-schedule that its clocks can make, and with another step for biases (vectors), wide layers (fan-in) and heads (fan-out).
-The rule does not depend on the scale of the gradients, is odd in them, and leaves alone what has none. Untrained it is
-halfway between Adam and RMSProp.
+With m^2 / v the gate o1 can turn Adam into sign descent, with v / mean v into plain gradient descent. With its clocks
+it can make a schedule. Biases (vectors), wide layers (fan-in) and heads (fan-out) can have steps of their own. The scale
+of the gradients does not matter, and opposite gradients give opposite updates. The untrained rule is halfway between Adam
+and RMSProp.
 
 Example:
-    import jax, optax, gated_adam
-    meta_params = gated_adam.init_meta_params(jax.random.key(0))
-    optimizer = optax.chain(optax.clip(1.0), gated_adam.gated_adam(meta_params, learning_rate=1e-2))
-    params = {"w": jax.numpy.ones(3)}
-    updates, opt_state = optimizer.update(params, optimizer.init(params))
+    import jax, optax
+    import gated_adam  # in this repository: from learned_optimizers import gated_adam
+    optimizer = gated_adam.gated_adam(3e-2)  # in the place of optax.adam(3e-2)
+    params = {"w": jax.numpy.ones((2, 3))}
+    grads = {"w": jax.numpy.full((2, 3), 0.1)}
+    updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
 
-Copy this file: needs jax, optax.
+Deviations: none, since there is no original.
+Copy this file: needs jax >= 0.10, optax >= 0.2.5. Keeps 2 numbers of state for each parameter, as Adam does.
 """
 
 import math
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 TIMESCALES = (10.0, 100.0, 1000.0)  # updates
-MAX_AGE = 500  # updates: the age of the oldest agents of meta-training; of an older one the gates have learned nothing
+MAX_AGE = 500  # updates, the age of the oldest agents in meta-training: the gates never saw an older one
 NUM_INPUTS = 5 + len(TIMESCALES)
+
+# What meta-training on gridworlds learned: weights/gated_adam.npz. NumPy arrays: importing this file touches no device.
+WEIGHTS = {
+    "kernel": np.array(
+        [
+            [0.7100588, -0.7483648, -0.99417335, -0.32845816, -0.043678544, -0.69121486, -0.04661525, 0.79167664],
+            [0.5803584, 0.2758768, 0.27731, -0.32212612, -0.6592325, -0.1508553, -0.34980327, -0.07197302],
+        ],
+        np.float32,
+    ),
+    "bias": np.array([-0.76581717, -0.24834834], np.float32),
+    "decay_logits": np.array([2.2436185, 3.8356428], np.float32),
+}
 
 
 class LearnedOptimizer(NamedTuple):
-    """The common form of all learned optimizers."""
+    """What every learned optimizer of this project offers."""
 
     init: Callable  # key -> meta_params
-    make: Callable  # (meta_params, learning_rate) -> optax.GradientTransformation
+    make: Callable  # (learning_rate, meta_params) -> optax.GradientTransformation
 
 
 class GatedAdamState(NamedTuple):
     count: jax.Array  # [] int32, updates so far
-    m: Any  # like the agent's parameters
+    m: Any  # trees like the parameters, before bias correction
     v: Any
 
 
@@ -64,66 +82,151 @@ def init_meta_params(key):
     """Meta-parameters of the untrained rule, the same for every key.
 
     Returns:
-        {"kernel" [2, 8], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}.
+        {"kernel" [2, 8], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}
     """
     del key
     decay_logits = jax.scipy.special.logit(jnp.array([0.9, 0.99]))
     return {"kernel": jnp.zeros((2, NUM_INPUTS)), "bias": jnp.zeros(2), "decay_logits": decay_logits}
 
 
-def shape_inputs(shape):
-    """What the gates see of a tensor of that shape: 1 in vectors (scalars too), and its fans, near 0 where they are common."""
+def flax_fans(shape):
+    """(is_vector, fan_in, fan_out) of a tensor in flax's layout: the last axis is out, the others are in."""
     *ins, fan_out = shape or (1,)
-    fan_in = math.prod(ins) if ins else 64  # a vector has none: it counts as a common one
-    return len(shape) < 2, math.log(max(fan_in, 1) / 64) / 2, math.log(max(fan_out, 1) / 8) / 2
+    return not ins, math.prod(ins), fan_out
 
 
-def gates(meta_params, m, v, mean_v, count, eps):
-    """(o1, o2) for a tensor's bias-corrected moments m, v, of any shape."""
-    signal = jnp.log(m**2 / (v + eps) + 1e-4) / 5  # 1e-4, 1e-8: logarithms of what is almost zero stay in range
-    size = jnp.log(v / (mean_v + eps) + 1e-8) / 10
-    tensor = jnp.array(shape_inputs(m.shape), v.dtype)
-    ages = jnp.exp(-jnp.minimum(count, MAX_AGE) / jnp.array(TIMESCALES, v.dtype))
-    kernel = meta_params["kernel"]
-    shared = kernel[:, 2:] @ jnp.concatenate([tensor, ages]) + meta_params["bias"]  # (2,), the same in all of a tensor
-    return [k[0] * signal + k[1] * size + o for k, o in zip(kernel, shared)]
+def shape_inputs(is_vector, fan_in, fan_out):
+    """What the gates see of a tensor: 1 for a vector, and logarithms of its fans, 0 where these are 64 and 8."""
+    fan_in = 64 if is_vector else fan_in  # a vector has none: it counts as a common one
+    return float(is_vector), math.log(max(fan_in, 1) / 64) / 2, math.log(max(fan_out, 1) / 8) / 2
 
 
-def gated_adam(meta_params, learning_rate, eps=1e-16):
-    """GatedAdam as an optax transformation of any pytree of arrays, differentiable with respect to meta_params.
+def gates(meta_params, tensor, m, v, mean_v, count):
+    """The two gates of one leaf.
 
     Args:
-        meta_params: see init_meta_params.
-        learning_rate: alpha > 0, or an optax schedule: count -> alpha.
+        tensor: 3 numbers, see shape_inputs.
+        m: m / sqrt(v + eps), [*leaf].
+        v: second moment, bias-corrected as m is, [*leaf].
+        mean_v: mean of v over all leaves plus eps, [].
+        count: t, [].
+    Returns:
+        o1, o2: [*leaf] each.
+    """
+    # 1e-4, 1e-8 and 1e30 keep the logarithms of what is almost zero or overflows in range, 1/5 and 1/10 near 1.
+    signal = jnp.log(m**2 + 1e-4) / 5
+    size = jnp.log(jnp.minimum(v / mean_v, 1e30) + 1e-8) / 10
+    ages = jnp.exp(-jnp.minimum(count, MAX_AGE) / jnp.array(TIMESCALES, v.dtype))
+    # o = W x + b, where all but signal and size are the same for the whole leaf
+    kernel = meta_params["kernel"]
+    inputs = jnp.concatenate([jnp.array(tensor, v.dtype), ages])
+    shared = jnp.dot(kernel[:, 2:], inputs, precision="highest") + meta_params["bias"]  # (2,)
+    return [k[0] * signal + k[1] * size + o for k, o in zip(kernel, shared, strict=True)]
+
+
+def update_rule(meta_params, tensor, g, m, v, mean_v, count, eps):
+    """GatedAdam with alpha = 1 for one leaf: g, bias-corrected m, v [*leaf]; the rest as in gates -> delta [*leaf]."""
+    root = jnp.sqrt(v + eps)
+    # Divided before they are squared or multiplied, since those may overflow where the quotients do not.
+    g, m = g / root, m / root
+    o1, o2 = gates(meta_params, tensor, m, v, mean_v + eps, count)
+    s = jax.nn.sigmoid(o2)
+    # delta / alpha = -exp(o1) ((1 - s) g + s m) / sqrt(v + eps)
+    return -jnp.exp(o1) * ((1 - s) * g + s * m)
+
+
+def mean_over_scalars(tree):
+    """Mean over all finite scalars of a tree: one broken scalar must not change the steps of the others."""
+    leaves = jax.tree.leaves(tree)
+    count = jnp.maximum(sum(jnp.sum(jnp.isfinite(x)).astype(jnp.float32) for x in leaves), 1)
+    # Divided before it is summed, since a sum of large squares overflows.
+    return sum(jnp.sum(jnp.where(jnp.isfinite(x), x, 0) / count) for x in leaves)
+
+
+def gated_adam(learning_rate, meta_params=WEIGHTS, fans=None, eps=1e-16):
+    """GatedAdam as an optax transformation of any pytree, differentiable with respect to meta_params.
+
+    Args:
+        learning_rate: alpha > 0, or an optax schedule: count -> alpha. Try .03 for A2C, .003 for PPO. Clipping the
+            gradients beforehand is optional: their scale does not matter, and sqrt(v) limits a large one as in Adam.
+        meta_params: see init_meta_params; by default what was learned.
+        fans: function (path, leaf) -> (is_vector, fan_in, fan_out), which tells biases from kernels, and how wide a
+            kernel is (a vector's fan_in is not used). None: flax_fans(leaf.shape), which is right for dense and
+            convolutional layers of flax and haiku. Elsewhere its steps are wrong by a factor of 2 to 4, without an
+            error. There:
+                stacked layers (scan, vmap): lambda path, leaf: flax_fans(leaf.shape[1:])
+                equinox (out, in, ...): lambda path, leaf: (leaf.ndim < 2 or "bias" in jax.tree_util.keystr(path),
+                    math.prod(leaf.shape[1:]), math.prod(leaf.shape[:1]))
+                attention kernels (in, heads, dim): (False, in, heads * dim), chosen by their path
+            With optax.inject_hyperparams, name it in static_args: a function would pass for a schedule.
         eps: keeps the quotients finite; far below any squared gradient that matters.
     Returns:
-        optax.GradientTransformation with GatedAdamState.
+        optax.GradientTransformationExtraArgs with GatedAdamState. Moments are float32 at least; updates have the dtype
+        of gradient + parameter. A scalar whose g^2 overflows stops for good, as in Adam, and no other is touched.
+    Raises:
+        TypeError: a leaf is neither real numbers nor None; the message names it.
     """
 
     def init_fn(params):
-        return GatedAdamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
+        def zeros(path, leaf):
+            return jnp.zeros_like(leaf, dtype=state_dtype(path, leaf))
+
+        m, v = (jax.tree.map_with_path(zeros, params) for _ in range(2))
+        return GatedAdamState(jnp.zeros((), jnp.int32), m, v)
 
     def update_fn(updates, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
-        # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
-        grads = jax.lax.stop_gradient(updates)
-        b1, b2 = jax.nn.sigmoid(meta_params["decay_logits"])
-        m = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(g.dtype), state.m, grads)
-        v = jax.tree.map(lambda v, g: (b2 * v + (1 - b2) * g**2).astype(g.dtype), state.v, grads)
-        mean_v = optax.tree.sum(v) / max(optax.tree.size(v), 1) / (1 - b2**count)
         alpha = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = optax.safe_increment(state.count)
+        b1, b2 = jax.nn.sigmoid(meta_params["decay_logits"])
 
-        def step(g, m, v):
-            m, v = m / (1 - b1**count), v / (1 - b2**count)
-            o1, o2 = gates(meta_params, m, v, mean_v, count, eps)
-            s = jax.nn.sigmoid(o2)
-            # delta = -alpha exp(o1) ((1 - s) g + s m) / sqrt(v + eps)
-            return (-alpha * jnp.exp(o1) * ((1 - s) * g + s * m) / jnp.sqrt(v + eps)).astype(g.dtype)
+        def real(path, g, m):
+            if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
+                return None
+            state_dtype(path, g)
+            # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
+            return jax.lax.stop_gradient(jnp.asarray(g, m.dtype))
 
-        return jax.tree.map(step, grads, m, v), GatedAdamState(count, m, v)
+        def step(path, g, m, v, original, p):
+            if g is None:
+                return None
+            tensor = shape_inputs(*(flax_fans(g.shape) if fans is None else fans(path, g)))
+            delta = update_rule(meta_params, tensor, g, m / (1 - b1**count), v, mean_v, count, eps)
+            return (alpha * delta).astype(update_dtype(original, p))
 
-    return optax.GradientTransformation(init_fn, update_fn)
+        grads = map_grads(real, updates, state.m)
+        # m = b1 m + (1 - b1) g
+        m = map_grads(lambda _, g, m: m if g is None else (b1 * m + (1 - b1) * g).astype(m.dtype), grads, state.m)
+        # v = b2 v + (1 - b2) g^2
+        v = map_grads(lambda _, g, v: v if g is None else (b2 * v + (1 - b2) * g**2).astype(v.dtype), grads, state.v)
+        corrected_v = map_grads(lambda _, g, v: None if g is None else v / (1 - b2**count), grads, v)
+        mean_v = mean_over_scalars(corrected_v)
+        updates = map_grads(step, grads, m, corrected_v, updates, updates if params is None else params)
+        return updates, GatedAdamState(count, m, v)
+
+    return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
 
 
 GATED_ADAM = LearnedOptimizer(init=init_meta_params, make=gated_adam)
+
+
+def is_none(x):
+    return x is None
+
+
+def map_grads(function, grads, *trees):
+    """jax.tree.map_with_path for gradients that may be None."""
+    return jax.tree.map_with_path(function, grads, *trees, is_leaf=is_none)
+
+
+def state_dtype(path, leaf):
+    """float32, or float64 for leaves of it: the square of a small gradient would vanish in half precision."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"GatedAdam updates real numbers; leaf {jax.tree_util.keystr(path) or 'itself'} is {dtype}")
+    return jax.dtypes.canonicalize_dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+
+
+def update_dtype(g, p):
+    """What adding g to p would give; float32 where both are integers."""
+    dtype = jnp.result_type(g, p)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
