@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""Evolution strategies: estimators of the meta-gradient over whole lives, for pipeline.py (not in the paper).
+
+The paper's meta-gradient looks M updates ahead, and over so few updates smaller steps look better than they are. These
+estimators judge an optimizer by the return of a whole life, in forward passes only. Each unit holds two agents of equal
+randomness. They differ only in their optimizers: one lives with theta + epsilon, the other with theta - epsilon.
+
+| symbol | in code | shape |
+|---|---|---|
+| theta | meta_params: parameters of the learned optimizer | any pytree |
+| epsilon | perturbation, each entry from N(0, sigma^2) | like meta_params |
+| xi | Pair.xi: the sum of a life's epsilons so far | like meta_params |
+| L | loss: minus the mean return so far of the running episodes | [2], one per agent |
+
+    meta_grads = xi (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
+
+- nres, noise-reuse evolution strategies (Li, Harrison, Sohl-Dickstein, Smith and Metz 2023): epsilon is drawn once per life,
+  so xi = epsilon.
+- pes, persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021): epsilon is drawn in each meta-step, since the
+  difference of the losses is due to all epsilons of a life, not to the last one only. Where the losses of different meta-steps
+  are independent, its variance grows with age.
+
+Both are, in the mean over lives, the gradient of the mean loss over a whole life, for a smoothed theta. They need units of all
+ages or whole cycles of resets for that, so they fit the pipeline.
+
+In the pipeline: pipeline.make_task(learner, make_optimizer, config, estimator=evolution.nres(sigma=0.1)).
+
+Example (an agent is one number w that grows by exp(theta) per update, and pays -w^2):
+    import jax, jax.numpy as jnp, optax, evolution
+    from typing import NamedTuple
+    class Agent(NamedTuple):
+        w: jax.Array
+        opt_state: tuple
+    class Learner(NamedTuple):
+        init: object
+        update: object
+    def init(key, optimizer):
+        return Agent(jnp.zeros(()), optimizer.init(0.0))
+    def update(optimizer, agent, key):
+        updates, opt_state = optimizer.update(jnp.ones(()), agent.opt_state)
+        agent = Agent(agent.w - updates, opt_state)
+        return agent, {"reward": -agent.w**2}
+    estimator = evolution.nres(sigma=0.1)(Learner(init, update), lambda theta: optax.sgd(jnp.exp(theta)), inner_updates=4)
+    theta, key = jnp.log(0.1), jax.random.key(0)
+    pair = estimator.init(theta, key)
+    for key in jax.random.split(key, 5):
+        meta_grads, pair, metrics = estimator.step(theta, pair, key)
+    print(meta_grads)                                                    # positive: smaller steps would pay more
+
+Copy this file: needs jax >= 0.10, optax >= 0.2.5.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Estimator(NamedTuple):
+    """How one unit estimates the meta-gradient; the same record as pipeline.Estimator."""
+
+    init: Callable  # (meta_params, key) -> state of a new unit
+    step: Callable  # (meta_params, state, key) -> (meta_grads, state, metrics)
+
+
+class Pair(NamedTuple):
+    agents: Any  # AgentState, each leaf [2, ...]: of theta + epsilon and of theta - epsilon
+    xi: Any  # like meta_params: the sum of the epsilons since the noise began (nres: the only one)
+    age: jax.Array  # [] int32, meta-steps since the unit's reset
+
+
+def nres(sigma, noise_interval=0):
+    """Noise-reuse evolution strategies: an estimator for pipeline.make_task.
+
+    Args:
+        sigma: standard deviation of the perturbations, > 0.
+        noise_interval: meta-steps after which a unit's noise begins again; 0: with its life, which is unbiased. Units that
+            are never reset need one.
+    """
+    return partial(evolution, sigma, noise_interval, True)
+
+
+def pes(sigma, noise_interval=0):
+    """Persistent evolution strategies: an estimator for pipeline.make_task. Arguments: those of nres."""
+    return partial(evolution, sigma, noise_interval, False)
+
+
+def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner_updates):
+    """The Estimator of nres (reuse_noise) or pes. A unit's state is a Pair.
+
+    The loss is what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, else
+    minus the mean reward. (The mean reward is blind to falling where each step that an agent survives pays the same.)
+    """
+
+    def draw(key, meta_params):
+        return jax.tree.map(lambda e: sigma * e, optax.tree.random_like(key, meta_params))
+
+    def init(meta_params, key):
+        agent_key, epsilon_key = jax.random.split(key)
+        agent, epsilon = learner.init(agent_key, make_optimizer(meta_params)), draw(epsilon_key, meta_params)
+        xi = epsilon if reuse_noise else jax.tree.map(jnp.zeros_like, epsilon)
+        return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), xi, jnp.zeros((), jnp.int32))
+
+    def perturb(meta_params, pair, key):
+        """The epsilon and the xi of this meta-step."""
+        begins_again = (pair.age > 0) & (pair.age % max(noise_interval, 1) == 0) & (noise_interval > 0)
+        if not reuse_noise:
+            epsilon = draw(key, meta_params)
+            return epsilon, jax.tree.map(lambda x, e: jnp.where(begins_again, 0, x) + e, pair.xi, epsilon)
+        if noise_interval == 0:
+            return pair.xi, pair.xi
+        xi = jax.tree.map(lambda x, e: jnp.where(begins_again, e, x), pair.xi, draw(key, meta_params))
+        return xi, xi
+
+    def step(meta_params, pair, key):
+        epsilon_key, unroll_key = jax.random.split(key)
+        epsilon, xi = perturb(meta_params, pair, epsilon_key)
+
+        def live(sign, agent):
+            optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * e, meta_params, epsilon))
+            update = lambda a, k: learner.update(optimizer, a, k)
+            return jax.lax.scan(update, agent, jax.random.split(unroll_key, inner_updates))
+
+        at_once = None if jax.default_backend() == "cpu" else 2  # None: one after the other, whose state fits a cache
+        signs = jnp.array([1.0, -1.0])
+        agents, metrics = jax.lax.map(lambda x: live(*x), (signs, pair.agents), batch_size=at_once)
+        losses = -metrics.get("objective", metrics["reward"]).mean(1)  # (2,)
+        # meta_grads = xi (L(theta + epsilon) - L(theta - epsilon)) / (2 sigma^2)
+        meta_grads = jax.tree.map(lambda x: x * (losses[0] - losses[1]) / (2 * sigma**2), xi)
+        metrics = jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
+        return meta_grads, Pair(agents, xi, pair.age + 1), metrics
+
+    return Estimator(init, step)
