@@ -1,81 +1,127 @@
-"""What both programs share: fresh agents trained with an optimizer, tuned like every other, and the table that compares them.
+"""Fresh agents: trained side by side with any optimizer, tuned like every other, kept on disk so that no run is made twice.
 
-Many runs of one optimizer on a task of suite.py share one compiled program, in which learning rate, seed and
-meta-parameters are arguments.
+Many runs of one optimizer on a task of tasks.py share one compiled program, in which learning rate, seed and meta-parameters
+are arguments. A new optimizer is added here: one line in LEARNED.
+
+| file in a run's folder | holds | shape |
+|---|---|---|
+| runs/TASK-OPTIMIZER-PHASE-ALPHA-RUN.npz | curves: sums of episode returns, numbers of episodes, 1 while the agent is finite | [3, K] |
+| | deterministic: returns of episodes without noise (a robot's reported runs) | [128] |
+| policies/TASK-OPTIMIZER-RUN.npz | policy/layer_0/kernel ..., obs_stats/mean ...: what tasks.play needs | [in, out], [D] |
 """
 
 import functools
-import warnings
-from typing import Callable, NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 from jax.sharding import PartitionSpec
 
-import baselines
-import gated_adam
 import optim4rl
-import suite
+import ppo
+from harness import runs, statistics, tasks, weights
+from learned_optimizers import gated_adam, l2lgd2, linear_optim, star, velo
 
-# Learned optimizers, each with weights of its own
+# Learned optimizers, each a LearnedOptimizer: init(key), make(learning_rate, meta_params)
 LEARNED = {
     "optim4rl": optim4rl.OPTIM4RL,
-    "linear_optim": baselines.LINEAR_OPTIM,
-    "l2lgd2": baselines.L2LGD2,
-    "star": baselines.STAR,
+    "linear_optim": linear_optim.LINEAR_OPTIM,
+    "l2lgd2": l2lgd2.L2LGD2,
+    "star": star.STAR,
     "gated_adam": gated_adam.GATED_ADAM,
+    "velo": velo.VELO,
 }
-# name -> (meta_params, alpha) -> optax.GradientTransformation; "untrained" is Optim4RL before meta-training: sign descent;
-# untrained_NAME is what another learned optimizer is then
-OPTIMIZERS = {
-    "optim4rl": optim4rl.optim4rl,
-    "untrained": optim4rl.optim4rl,
-    "adam": lambda meta_params, alpha: optax.adam(alpha),
-    "rmsprop": lambda meta_params, alpha: optax.rmsprop(alpha),
-}
-DEFAULT_OPTIMIZERS = tuple(OPTIMIZERS)
-OPTIMIZERS |= {name: learned.make for name, learned in LEARNED.items()}
-UNTRAINED = {name: "untrained" if name == "optim4rl" else f"untrained_{name}" for name in LEARNED}
-OPTIMIZERS |= {UNTRAINED[name]: learned.make for name, learned in LEARNED.items()}
-# The memory that untrained GatedAdam has, b2 = 0.99 and bias-corrected, without its form
-OPTIMIZERS |= {
-    "adam_99": lambda meta_params, alpha: optax.adam(alpha, b2=0.99),
-    "rmsprop_99": lambda meta_params, alpha: optax.rmsprop(alpha, decay=0.99, bias_correction=True),
-}
-COLORS = dict(
-    zip(
-        OPTIMIZERS,
-        ("tab:red", "tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink")
-        + ("tab:olive", "tab:cyan", "black", "gold", "navy", "darkgreen"),
+HAND_DESIGNED = ("sign_descent", "adam", "rmsprop")  # at optax's defaults, with a constant step
+# Adam and RMSProp with every setting that helps them: {name: (kind, memory, bias correction, falling step)}. The step falls
+# linearly to 0 over the run.
+VARIANTS = {
+    f"{kind}_{memory}{'_corrected' * corrected}{'_falling' * falls}": (kind, memory, corrected, falls)
+    for kind, memory, corrected, falls in itertools.product(
+        ("adam", "rmsprop"), (0.9, 0.99, 0.999), (False, True), (False, True)
     )
-)
-BASELINES = ("adam", "rmsprop")  # designed by hand
+    if kind == "rmsprop" or corrected  # Adam corrects always
+}
+UNTRAINED = {f"untrained_{name}": name for name in LEARNED}  # a learned optimizer before meta-training
+NAMES = (*LEARNED, *HAND_DESIGNED, *UNTRAINED, *VARIANTS)
+RECURRENT = ("optim4rl", "linear_optim", "l2lgd2")  # networks that see the gradient itself
+INPUTS = ("normalised", "raw")
 TUNING_SEEDS = 2
+POINTS = 50  # of a learning curve
+POLICY_KIND = "ppo-policy"
 
 
-def untrained_params(key):
-    """{name in UNTRAINED.values(): meta_params before meta-training}."""
-    return {UNTRAINED[name]: learned.init(key) for name, learned in LEARNED.items()}
+class Optimizer(NamedTuple):
+    """What agents are trained with."""
+
+    name: str  # one of NAMES
+    meta_params: Any = None  # of a learned optimizer
+    inputs: str = "raw"  # one of INPUTS
 
 
-def alpha_factor(optimizer):
-    """What a grid of alphas is multiplied by for an optimizer of that name."""
-    # Before meta-training these two are SGD, whose steps are as small as gradients are (1e-3 to 1e-1 here), where the
+@functools.cache
+def make_rule(name, inputs="raw", num_steps=1):
+    """(learning_rate, meta_params) -> optax transformation, for a name in NAMES; num_steps: optimizer steps of the whole run."""
+    if name in HAND_DESIGNED or name in VARIANTS:
+        return lambda learning_rate, meta_params: _hand_designed(name, learning_rate, num_steps)
+    name = UNTRAINED.get(name, name)
+    make = LEARNED[name].make
+    if name == "velo":  # it plans its steps for the whole run
+        make = functools.partial(make, num_steps=num_steps)
+    if inputs == "raw" or name not in RECURRENT:
+        return make
+    return lambda learning_rate, meta_params: normalised(make(learning_rate, meta_params))
+
+
+def _hand_designed(name, learning_rate, num_steps):
+    if name in HAND_DESIGNED:
+        return {"sign_descent": optax.sign_sgd, "adam": optax.adam, "rmsprop": optax.rmsprop}[name](learning_rate)
+    kind, memory, corrected, falls = VARIANTS[name]
+    step = optax.linear_schedule(learning_rate, 0.0, num_steps) if falls else learning_rate
+    if kind == "adam":
+        return optax.adam(step, b2=memory)
+    return optax.rmsprop(step, decay=memory, bias_correction=corrected)
+
+
+def normalised(optimizer):
+    """The optimizer behind g / RMS(g), the root mean square of about the last 100 updates: its networks see 1e-4 as well as 1."""
+    rms = optax.scale_by_rms(decay=0.99, eps=1e-10, bias_correction=True)
+    return optax.chain(rms, optax.clip(10.0), optimizer)
+
+
+def init_meta_params(name, key, inputs="raw"):
+    """The meta-parameters of a learned optimizer before meta-training. With normalised inputs Optim4RL begins as RMSProp."""
+    if name == "optim4rl" and inputs == "normalised":
+        return optim4rl.init_like_rmsprop()
+    return LEARNED[name].init(key)
+
+
+def untrained(name, key, inputs="raw"):
+    """The Optimizer untrained_NAME of a learned optimizer."""
+    return Optimizer(f"untrained_{name}", init_meta_params(name, key, inputs), inputs)
+
+
+def learning_rates(optimizer, grid):
+    """The learning rates among which an Optimizer is tuned where others have this grid."""
+    if optimizer.name.endswith("velo"):
+        return [1.0]  # it has none
+    # With raw inputs these two begin as SGD, whose steps are as small as gradients are (1e-3 to 1e-1 here), where the
     # others' steps are about alpha: with the same alphas no agent of theirs would learn.
-    return 100.0 if optimizer.endswith(("linear_optim", "l2lgd2")) else 1.0
+    is_sgd = UNTRAINED.get(optimizer.name, optimizer.name) in ("linear_optim", "l2lgd2") and optimizer.inputs == "raw"
+    return [100.0 * alpha if is_sgd else alpha for alpha in grid]
 
 
 class Runs(NamedTuple):
     """Learning curves of R runs in K points; a point is the mean over the updates since the one before."""
 
     steps: np.ndarray  # [K] environment steps so far
-    returns: np.ndarray  # [R, K] mean return of the episodes that ended
+    returns: np.ndarray  # [R, K] mean return of the episodes that ended; NaN from where an agent was not finite
 
     def area(self):
-        """Mean return over the whole run: [R]."""
+        """Mean return over the whole run, the area under the curve: [R]."""
         return self.returns.mean(1)
 
     def final(self):
@@ -83,33 +129,41 @@ class Runs(NamedTuple):
         return self.returns[:, -max(1, self.returns.shape[1] // 5) :].mean(1)
 
 
-class Store(NamedTuple):
-    """Where finished runs are kept, so that none is run twice: a pair of functions, by default of a store that keeps nothing."""
+class Tuned(NamedTuple):
+    alpha: float
+    runs: Runs  # with fresh seeds
+    tuning_area: float  # mean area with that alpha on the tuning seeds; NaN where there was nothing to tune
 
-    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [2, K], or None: not run yet
+
+class Store(NamedTuple):
+    """Where finished runs are kept: a pair of functions, by default of a store that keeps nothing."""
+
+    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [3, K], or None: not run yet
     # Called when a run is finished; the agent comes without its environments and its optimizer's state.
     save: Callable = lambda run, alpha, curves, agent: None
 
 
 @functools.cache
 def _compiled(task, rule, mesh, updates):
-    """Jitted (init, advance) of many runs of one optimizer, sharded over the mesh; advance makes `updates` updates."""
+    """Jitted (init, advance) of many runs of one optimizer, sharded over the mesh; advance makes `updates` inner updates."""
 
     def make(meta_params, alpha):
-        return suite.clipped(task.name, rule(meta_params, alpha))
+        return tasks.clipped(task.name, rule(alpha, meta_params))
 
     def each(f, xs):
         return jax.lax.map(f, xs, batch_size=None if _on_cpu(mesh) else len(xs[0]))
 
     def init(meta_params, alphas, keys):
-        return each(lambda x: task.learner.init(x[1], make(meta_params, x[0])), (alphas, keys))
+        return each(lambda x: task.learner.init(jax.random.split(x[1])[0], make(meta_params, x[0])), (alphas, keys))
 
-    def advance(meta_params, alphas, keys, agents, start):
+    def advance(meta_params, alphas, keys, agents, point):
         def live(x):
             alpha, key, agent = x
-            optimizer, update_keys = make(meta_params, alpha), jax.random.split(jax.random.fold_in(key, start), updates)
-            agent, metrics = jax.lax.scan(lambda a, k: task.learner.update(optimizer, a, k), agent, update_keys)
-            return agent, (metrics["episode_return_sum"].sum(), metrics["episodes"].sum())
+            optimizer, updates_key = make(meta_params, alpha), jax.random.fold_in(jax.random.split(key)[1], point)
+            update = lambda a, k: task.learner.update(optimizer, a, k)
+            agent, metrics = jax.lax.scan(update, agent, jax.random.split(updates_key, updates))
+            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(agent.params)]).all()
+            return agent, jnp.stack([metrics["episode_return_sum"].sum(), metrics["episodes"].sum(), finite])
 
         return each(live, (alphas, keys, agents))
 
@@ -118,13 +172,12 @@ def _compiled(task, rule, mesh, updates):
     return shard(init, (one, many, many)), shard(advance, (one, many, many, many, one))
 
 
-def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress=lambda n: None, store=Store()):
+def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part: None, store=Store()):
     """Trains R fresh agents side by side.
 
     Args:
-        task: suite.Task.
-        optimizer: a name in OPTIMIZERS.
-        meta_params: the learned optimizer's, or None.
+        task: tasks.Task.
+        optimizer: Optimizer.
         alphas, keys: [R] learning rate and PRNG key of each run.
         mesh: jax.sharding.Mesh with the axis "units".
         steps: environment steps of each run; None: the task's own.
@@ -134,33 +187,34 @@ def train(task, optimizer, meta_params, alphas, keys, mesh, steps=None, progress
         Runs
     """
     num_updates = max(1, round((steps or task.steps) / task.steps_per_update))
-    updates = max(1, num_updates // 50)
+    updates = max(1, num_updates // POINTS)
     points = round(num_updates / updates)
-    init, advance = _compiled(task, OPTIMIZERS[optimizer], mesh, updates)
+    rule = make_rule(optimizer.name, optimizer.inputs, points * updates * task.optimizer_steps)
+    init, advance = _compiled(task, rule, mesh, updates)
     finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
+    finished = [curves if np.shape(curves) == (3, points) else None for curves in finished]
     left = np.array([run for run, curves in enumerate(finished) if curves is None], int)
     progress(1 - len(left) / len(alphas))
     for group in _groups(left, len(alphas), mesh):
         run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
-        agents = init(meta_params, run_alphas, run_keys)
-        curves = np.zeros((2, len(group), points))  # sums of returns, numbers of episodes
+        agents = init(optimizer.meta_params, run_alphas, run_keys)
+        curves = np.zeros((len(group), 3, points))
         for point in range(points):
-            agents, sums = advance(meta_params, run_alphas, run_keys, agents, point)
-            curves[:, :, point] = jax.device_get(sums)
+            agents, curves[:, :, point] = advance(optimizer.meta_params, run_alphas, run_keys, agents, point)
             progress(len(set(group)) / len(alphas) / points)
         learned = jax.device_get(agents._replace(opt_state=(), env_state=()))
         for i, run in enumerate(group):
             if finished[run] is None:
-                finished[run] = curves[:, i]
-                store.save(int(run), float(alphas[run]), curves[:, i], jax.tree.map(lambda x: x[i], learned))
+                finished[run] = curves[i]
+                store.save(int(run), float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
-    return Runs(env_steps, _fill(*np.stack(finished, axis=1)))
+    return Runs(env_steps, mean_returns(*np.stack(finished, axis=1)))
 
 
 def _groups(left, num_runs, mesh):
     """The runs that are left, [L] of num_runs, in groups that run side by side: [G, S], the last filled up with repetitions."""
-    # A CPU is fastest with one run a device, and all groups share one compiled program; an accelerator takes all at once,
-    # and the same number after a resume, when fewer are left: their arithmetic is that of one program.
+    # A CPU is fastest with one run per device, and all groups share one compiled program; an accelerator takes all at
+    # once, and the same number after a resume, when fewer are left: their arithmetic is that of one program.
     per_device = 1 if _on_cpu(mesh) else -(-num_runs // mesh.devices.size)
     size = mesh.devices.size * per_device
     return np.resize(left, (-(-len(left) // size), size))
@@ -170,123 +224,120 @@ def _on_cpu(mesh):
     return mesh.devices.flat[0].platform == "cpu"
 
 
-def _fill(return_sums, episodes):
+def mean_returns(return_sums, episodes, finite):
     """Mean returns [R, K]; where no episode ended, the value before, and before the first one, the value after."""
     returns = np.where(episodes > 0, return_sums / np.maximum(episodes, 1), np.nan)
     for run, counts in zip(returns, episodes):
         known = np.flatnonzero(counts)
         if known.size:
             run[:] = run[known[np.maximum(np.searchsorted(known, np.arange(run.size), "right") - 1, 0)]]
-    return returns
+    return np.where(finite > 0, returns, np.nan)
 
 
 def tuned(
     task,
     optimizer,
-    meta_params,
     rates,
     num_seeds,
     key,
     mesh,
     steps=None,
-    progress=lambda n: None,
+    progress=lambda part: None,
     store=lambda phase: Store(),
+    tuning_seeds=TUNING_SEEDS,
 ):
-    """The best of some learning rates on TUNING_SEEDS seeds, and Runs with it on num_seeds fresh ones: (alpha, Runs).
+    """The best of some learning rates by area on a few tuning seeds, then runs with it on num_seeds fresh ones: Tuned.
 
-    Arguments as in train; store: phase, "tuning" or "report", -> Store.
+    A baseline runs the tuning seeds also where it has one learning rate: by them the better baseline is chosen. Arguments
+    as in train; store: phase, "tuning" or "report", -> Store.
     """
     tuning_key, report_key = jax.random.split(key)
-    num_tuning = len(rates) * TUNING_SEEDS if len(rates) > 1 else 0
+    needed = len(rates) > 1 or optimizer.name in statistics.BASELINES
+    num_tuning = len(rates) * tuning_seeds if needed else 0
 
     def run(phase, alphas, keys):
         part = len(alphas) / (num_tuning + num_seeds)
         share = lambda n: progress(part * n)
-        return train(task, optimizer, meta_params, alphas, keys, mesh, steps, share, store(phase))
+        return train(task, optimizer, alphas, keys, mesh, steps, share, store(phase))
 
-    best = rates[0]
-    if num_tuning:
-        keys = jnp.tile(jax.random.split(tuning_key, TUNING_SEEDS), len(rates))
-        runs = run("tuning", np.repeat(rates, TUNING_SEEDS), keys)
-        scores = np.nan_to_num(runs.area(), nan=-np.inf).reshape(len(rates), TUNING_SEEDS).mean(1)
-        best = rates[int(np.argmax(scores))]
-    return best, run("report", np.full(num_seeds, best), jax.random.split(report_key, num_seeds))
-
-
-def interval(values):
-    """Interquartile mean of [R] values and its 95% bootstrap interval: (mean, low, high); without runs to resample, no interval."""
-    values = np.asarray(values, float)
-    mean = scipy.stats.trim_mean(values, 0.25)
-    if len(values) < 2 or np.ptp(values) == 0 or not np.isfinite(values).all():
-        return mean, mean, mean
-    iqm = lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few seeds make coarse intervals; the number of seeds is printed beside them
-        low, high = scipy.stats.bootstrap((values,), iqm, rng=0, method="percentile").confidence_interval
-    return mean, low, high
+    best, area = rates[0], np.nan
+    if needed:
+        keys = jnp.tile(jax.random.split(tuning_key, tuning_seeds), len(rates))
+        areas = run("tuning", np.repeat(rates, tuning_seeds), keys).area().reshape(len(rates), tuning_seeds).mean(1)
+        chosen = int(np.argmax(statistics.worst_if_diverged(areas)))
+        best, area = rates[chosen], float(areas[chosen])
+    runs_ = run("report", np.full(num_seeds, best), jax.random.split(report_key, num_seeds))
+    return Tuned(float(best), runs_, area)
 
 
-def scores(areas, baselines=BASELINES, resamples=2000):
-    """Each optimizer's area under the return curve, in units of the better baseline's, over tasks and seeds.
+def kept_runs(folder, task, optimizer, key, metadata, phase):
+    """The Store of one optimizer on one task in a run's folder.
 
     Args:
-        areas: {(task, optimizer): [R]}, one number a run. A task counts if it has all baselines, the better one above zero.
-        baselines: names of optimizers; the better one of a task is that of the higher interquartile mean.
-        resamples: of the runs of each task and optimizer, the baseline's too.
-    Returns:
-        {optimizer: (interquartile mean over all tasks and runs, low, high)}, a 95% bootstrap interval.
+        folder: pathlib.Path; runs/ and policies/ exist in it.
+        task: tasks.Task.
+        optimizer: name.
+        key: draws the first states of the deterministic episodes; the same for all runs.
+        metadata: anything JSON can hold, written into the policies' headers.
+        phase: "tuning", or "report": a robot then also plays its deterministic episodes, and its policy is kept.
     """
-    iqm = lambda x, axis=None: scipy.stats.trim_mean(x, 0.25, axis=axis)
-    tasks = [task for task in dict.fromkeys(task for task, _ in areas) if all((task, b) in areas for b in baselines)]
-    better = {task: max(baselines, key=lambda name: iqm(areas[task, name])) for task in tasks}
-    better = {task: b for task, b in better.items() if iqm(areas[task, b]) > 0}  # nothing has a ratio to a loss
-    random, result = np.random.default_rng(0), {}
-    for optimizer in dict.fromkeys(name for _, name in areas):
-        ratios = []  # of each task: [1 + resamples, R], the runs themselves first
-        for task in (task for task in better if (task, optimizer) in areas):
-            draws = []
-            for name in (optimizer, better[task]):
-                values = np.asarray(areas[task, name], float)
-                chosen = random.integers(values.size, size=(resamples, values.size))
-                draws.append(np.concatenate([values[None], values[chosen]]))
-            ratios.append(draws[0] / iqm(draws[1], axis=1)[:, None])
-        if ratios:
-            mean, *resampled = iqm(np.concatenate(ratios, axis=1), axis=1)
-            result[optimizer] = (float(mean), *map(float, np.percentile(resampled, (2.5, 97.5))))
-    return result
+
+    def load(run, alpha):
+        arrays = read_run(folder, task.name, optimizer, phase, alpha, run)
+        return None if arrays is None else arrays.get("curves")
+
+    def save(run, alpha, curves, agent):
+        arrays = {"curves": curves}
+        if phase == "report" and task.play:
+            arrays["deterministic"] = np.asarray(task.play(agent, key))
+            header = metadata | {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
+            tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
+            weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)
+        # The record comes last: where it is, everything of its run is.
+        with runs.whole_file(_run_path(folder, task.name, optimizer, phase, alpha, run), "wb") as file:
+            np.savez(file, **arrays)
+
+    return Store(load, save)
 
 
-def scores_text(scores, unit):
-    """What scores returned, in units of what unit names: a heading, and a line for each optimizer."""
-    lines = [f"Area under the return curve / that of {unit}, all tasks and seeds:"]
-    lines += [f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()]
-    return "\n".join(lines)
+def _run_path(folder, task, optimizer, phase, alpha, run):
+    return folder / "runs" / f"{task}-{optimizer}-{phase}-{float(alpha)}-{run}.npz"
 
 
-def summarize(task, optimizer, alpha, runs):
-    """One row of the table as a dict."""
-    row = {
-        "task": task.name,
-        "optimizer": optimizer,
-        "alpha": alpha,
-        "seeds": len(runs.returns),
-        "steps": int(runs.steps[-1]),
-    }
-    for name, values in (("final", runs.final()), ("area", runs.area())):
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = map(float, interval(values))
-    return row
+def policy_path(folder, task, optimizer, run):
+    return folder / "policies" / f"{task}-{optimizer}-{run}.npz"
 
 
-def table(rows):
-    """The rows as text: interquartile means and 95% bootstrap intervals over seeds; robots have also the deterministic episodes."""
-    cell = lambda row, name: f"{row[name]:9.2f}  [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]"
-    columns = {"final": "return, last fifth", "area": "return, whole run", "deterministic": "return without noise"}
-    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
-    titles = " ".join(f"{title:30}" for title in columns.values())
-    lines = [f"{'task':25} {'optimizer':22} {'alpha':>7}   {titles}".rstrip()]
-    for before, row in zip([None, *rows], rows):
-        if before and before["task"] != row["task"]:
-            lines.append("")
-        cells = " ".join(f"{cell(row, name) if name in row else '':30}" for name in columns)
-        lines.append(f"{row['task']:25} {row['optimizer']:22} {row['alpha']:7.0e}   {cells}".rstrip())
-    return "\n".join(lines)
+def read_run(folder, task, optimizer, phase, alpha, run):
+    """{name: array} of a finished run; None if there is none, or if a crashed machine left it damaged: it is then made again."""
+    try:
+        with np.load(_run_path(folder, task, optimizer, phase, alpha, run), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except weights.UNREADABLE:
+        return None
+
+
+def deterministic_returns(folder, task, optimizer, alpha, num_runs):
+    """The mean return of each reported run's deterministic episodes: [R]."""
+    runs_ = [read_run(folder, task, optimizer, "report", alpha, run) for run in range(num_runs)]
+    return np.array([run["deterministic"].mean() for run in runs_])
+
+
+def load_policy(path):
+    """Reads a kept policy: ({"policy": layers}, ppo.ObsStats, metadata), which tasks.play takes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, damaged, or not a chain of layers from observations to actions.
+    """
+    tree, metadata = weights.load(path, POLICY_KIND)
+    try:
+        stats = ppo.ObsStats(**tree["obs_stats"])
+        layers = [tree["policy"][f"layer_{i}"] for i in range(len(tree["policy"]))]
+        sizes = [stats.mean.shape[0], *(layer["bias"].shape[0] for layer in layers)]
+        fits = all(layer["kernel"].shape == pair for layer, pair in zip(layers, zip(sizes, sizes[1:])))
+    except (KeyError, TypeError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path} does not fit: its arrays are not a chain of layers from observations to actions")
+    return {"policy": tree["policy"]}, stats, metadata

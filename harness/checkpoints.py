@@ -1,13 +1,13 @@
-"""The checkpoints of a meta-training run: written whole or not at all, checked when read, usable on any number of devices.
+"""Checkpoints of a run: written whole or not at all, checked when read, usable on any number of devices.
 
 A checkpoint is a folder named after its meta-step, written beside its final name and renamed when complete, so that a process
-killed at any moment leaves the one before. With the state lies its fingerprint, a number for each array, which a truncated
+killed at any moment leaves the one before. With the state it keeps a fingerprint, a number for each array, which a truncated
 or edited file does not match. On several hosts every process writes its own units into one shared folder.
-
-Copy this file: needs jax, numpy, orbax-checkpoint.
 """
 
+import contextlib
 import logging
+import os
 import re
 import sys
 
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from harness import runs
 
 KEPT = 3
 for name in ("absl", "asyncio"):  # orbax logs the errors that it raises, at length, and asyncio those of dropped writes
@@ -75,6 +77,38 @@ def restore(manager, like):
     return None
 
 
+def continued(manager, start, finished):
+    """The newest checkpoint's state, or `start` where nothing was ever saved; Damaged where checkpoints of a run are gone.
+
+    finished: whether the run has written its weights, which it does together with a checkpoint.
+    """
+    state = restore(manager, like=start)
+    if state is None and finished:
+        raise Damaged(f"{manager.directory} has no checkpoint, but its run has weights; start another one with --out")
+    return start if state is None else state
+
+
+@contextlib.contextmanager
+def failures_in_one_line(folder, manager, how_to_resume):
+    """Ends the program where a checkpoint is damaged, the disk is full or another process is lost, saying how to continue."""
+    try:
+        yield
+        return
+    except Damaged as error:
+        raise runs.UsageError(error) from None
+    except OSError as error:
+        what = f"cannot write to {folder} ({error})"
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        what = f"another process of this run was lost ({_first_line(error)})"
+    last = manager.latest_step()
+    saved = "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume}"
+    print(f"{what}; {saved}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # at once: an ordinary end would wait for the lost process, and for writes that cannot be done
+
+
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
@@ -99,6 +133,8 @@ def fingerprint(tree):
 
 def _checksums(leaves):
     def checksum(x):
+        if x.dtype.itemsize == 8:  # 64 bits as two times 32, in a last axis
+            x = jax.lax.bitcast_convert_type(x, jnp.uint32)
         bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
         factors = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
         return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)

@@ -30,14 +30,14 @@ def film(name, params, obs_stats, key, title, backend="spring"):
 
     Args:
         name: robot, one of brax_env.NAMES.
-        params, obs_stats: of its ppo agent, or from records.load_policy.
+        params, obs_stats: of its ppo agent, or from agents.load_policy.
         key: draws the first state.
         title: line of text above the picture.
         backend: physics, as in brax_env.make.
     Returns:
         an HTML document.
     """
-    system = brax_env.envs.get_environment(name, backend=backend)
+    system = brax_env.load_robot(name, backend)
     pos, rot, rewards = play(brax_env.make(name, EPISODE_LENGTH, backend=backend), params, obs_stats, key)
     geoms = [i for i in range(system.sys.ngeom) if system.sys.geom_type[i] in (SPHERE, CAPSULE)]
     floors = [float(system.sys.geom_pos[i][2]) for i in range(system.sys.ngeom) if system.sys.geom_type[i] == PLANE]

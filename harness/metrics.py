@@ -1,4 +1,4 @@
-"""The metrics of a meta-training run: written to metrics.csv as it goes, kept without gaps over a resume, drawn at the end."""
+"""metrics.csv: one row per meta-step, written as a run goes, kept without gaps over a resume."""
 
 import csv
 import math
@@ -6,15 +6,11 @@ import os
 import time
 
 import jax
-import matplotlib
 import numpy as np
 
-import checkpoints
+from harness import checkpoints
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-MAX_SKIPPED = 20  # meta-steps in a row in which a task's meta-gradient is not finite, before the run gives up
+WINDOW = 20  # meta-steps, of which a task may skip half before the run gives up
 
 
 class Log:
@@ -69,15 +65,15 @@ class Log:
         returns = {f"return {task}": f"{mean(f'{task}/episode_return'):.2f}" for task in self.tasks}
         return {"meta-loss": f"{losses:.3g}"} | returns | ({"skipped": self.skipped} if self.skipped else {})
 
-    def hopeless(self):
-        """The tasks whose meta-gradient was skipped in each of the last MAX_SKIPPED meta-steps."""
-        last = self.rows[-MAX_SKIPPED:]
-        every = lambda task: len(last) == MAX_SKIPPED and all(int(row[f"{task}/skipped"]) for row in last)
-        return [task for task in self.tasks if every(task)]
+    def lost_tasks(self):
+        """The tasks whose meta-gradient was not finite in most of the last WINDOW meta-steps."""
+        self.flush()
+        last = self.rows[-WINDOW:]
+        return [task for task in self.tasks if sum(int(row[f"{task}/skipped"]) for row in last) > len(last) / 2]
 
 
 def read_rows(path, names, step):
-    """The first `step` rows of a metrics.csv, one a meta-step. Raises checkpoints.Damaged where they are not all there."""
+    """The first `step` rows of a metrics.csv, one per meta-step. Raises checkpoints.Damaged where they are not all there."""
     try:
         with open(path, newline="") as file:
             rows = [row for _, row in zip(range(step), csv.DictReader(file))]
@@ -87,24 +83,3 @@ def read_rows(path, names, step):
     if [values[0] for values in numbers] != list(range(step)):
         raise checkpoints.Damaged(f"{path} does not hold the {step} meta-steps before the checkpoint")
     return rows
-
-
-def plot(path, rows, tasks):
-    """Meta-loss and episode return of each task over the meta-steps, smoothed over 20 of them."""
-    size = (1 + 4 * len(tasks), 5.4)
-    figure, axes = plt.subplots(2, len(tasks), figsize=size, sharex=True, squeeze=False, layout="constrained")
-    for task, column in zip(tasks, axes.T):
-        for axis, name in zip(column, ("meta_loss", "episode_return")):
-            known = [row for row in rows if row[f"{task}/{name}"] != ""]
-            steps = [int(row["meta_step"]) for row in known]
-            values = [float(row[f"{task}/{name}"]) for row in known]
-            window = max(1, min(20, len(values)))
-            axis.plot(
-                steps[window - 1 :], np.convolve(values or [math.nan], np.ones(window) / window, "valid")[: len(steps)]
-            )
-        column[0].set_title(task)
-        column[1].set_xlabel("meta-step")
-    axes[0, 0].set_ylabel("meta-loss")
-    axes[1, 0].set_ylabel("episode return of all units")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

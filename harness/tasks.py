@@ -1,14 +1,17 @@
-"""The tasks of both programs: each gridworld, Catch and robot with the agent that learns it, at the paper's settings or smaller ones.
+"""Which agent learns which task, at the paper's settings or smaller ones (paper: appendix).
 
 A2C learns the gridworlds and Catch, PPO the robots. `make` gives a task as it is tested, `make_unit` the agent of a unit in
-meta-training, which has smaller settings, and `clipped` the one rule on gradients that both follow.
+meta-training, which has smaller settings, and `clipped` the one rule on gradients that both follow. A new environment is
+added here: its name, its agent, its budget.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import a2c
@@ -16,7 +19,8 @@ import brax_env
 import gridworld
 import ppo
 
-NAMES = gridworld.NAMES + brax_env.NAMES
+WORLDS, ROBOTS = gridworld.NAMES, brax_env.NAMES
+NAMES = WORLDS + ROBOTS
 PPO_SETTINGS = ("small", "paper")
 EVALUATION_EPISODES = 128  # deterministic ones that a trained robot plays at the end; as many as Brax's trainer plays
 
@@ -93,7 +97,8 @@ class Task(NamedTuple):
 
     name: str
     learner: Any  # a2c.Learner or ppo.Learner
-    steps_per_update: int
+    steps_per_update: int  # environment steps of an inner update
+    optimizer_steps: int  # of an inner update: 1 in A2C, num_epochs * num_minibatches in PPO
     steps: float
     learning_rates: tuple  # among which every optimizer is tuned
     # (agent, key) -> returns [EVALUATION_EPISODES] of whole episodes played without noise; None: not a robot
@@ -108,22 +113,25 @@ class MetaDefaults(NamedTuple):
 
 
 @functools.cache
-def make(name, num_envs=None, ppo_settings="small"):
-    """The Task of that name. ValueError if there is none, or if a size makes no sense."""
+def make(name, num_envs=None, ppo_settings="small", truncation=False):
+    """The Task of that name. ValueError if there is none, or if a size makes no sense. truncation: as in gridworld.make."""
     check(name, ppo_settings)
-    if name in gridworld.NAMES:
-        config = a2c.Config(num_envs=num_envs if num_envs is not None else 64 if name == "catch" else 512)
-        learner, steps = a2c.make(gridworld.make(name), config), 5e5 if name == "catch" else 3e6
-        return Task(name, learner, config.num_envs * config.rollout_length, steps, (3e-3, 1e-2, 3e-2, 1e-1))
+    if name in WORLDS:
+        num_envs = num_envs if num_envs is not None else 64 if name == "catch" else 512
+        learner, config = _a2c(name, num_envs, truncation=truncation)
+        steps = 5e5 if name == "catch" else 3e6
+        return Task(name, learner, num_envs * config.rollout_length, 1, steps, (3e-3, 1e-2, 3e-2, 1e-1))
     steps, knobs = ppo_knobs(name, ppo_settings)
     config, env = ppo.Config(**knobs), brax_env.make(name)
+    trajectories = config.batch_size * config.num_minibatches
     return Task(
         name,
         ppo.make(env, config),
-        config.batch_size * config.num_minibatches * config.rollout_length,
+        trajectories * config.rollout_length,
+        config.num_epochs * config.num_minibatches,
         steps,
         (3e-4, 1e-3, 3e-3, 1e-2),
-        jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
+        jax.jit(lambda agent, key: play(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
     )
 
 
@@ -137,18 +145,51 @@ def make_unit(name, reward_scale, num_envs=1, ppo_settings="small"):
         ppo_settings: one of PPO_SETTINGS.
     """
     check(name, ppo_settings)
-    if name in gridworld.NAMES:
-        return a2c.make(gridworld.make(name, reward_scale), a2c.Config(num_envs=num_envs))
+    if name in WORLDS:
+        return _a2c(name, num_envs, reward_scale)[0]
     return ppo.make(brax_env.make(name), replace(_meta_ppo(name, ppo_settings), reward_scale=reward_scale))
 
 
+def unit_steps(name, ppo_settings, meta_steps, inner_updates):
+    """Optimizer steps of make_unit's Learner in so many meta-steps."""
+    if name in WORLDS:
+        return meta_steps * inner_updates
+    config = _meta_ppo(name, ppo_settings)
+    return meta_steps * inner_updates * config.num_epochs * config.num_minibatches
+
+
+def _a2c(name, num_envs, reward_scale=1.0, truncation=False):
+    """(Learner, a2c.Config) of a world, with the paper's network: a convolution on big worlds, a wide layer on Catch."""
+    config = a2c.Config(num_envs=num_envs, hidden_size=256 if name == "catch" else 32)
+    config = replace(config, conv_features=16 if name.startswith("big_") else 0)
+    return a2c.make(gridworld.make(name, reward_scale, truncation), config), config
+
+
+def play(env, params, obs_stats, key, num_episodes):
+    """Returns [num_episodes] of episodes side by side, without noise: a = tanh(loc). It ends when all have ended."""
+    reset_key, key = jax.random.split(key)
+
+    def step(carry):
+        env_state, returns, ended, key = carry
+        key, env_key = jax.random.split(key)
+        loc, _ = ppo.policy(params, ppo.normalize(jax.vmap(env.observe)(env_state), obs_stats))
+        keys = jax.random.split(env_key, num_episodes)
+        env_state, reward, done, _ = jax.vmap(env.step)(keys, env_state, jnp.tanh(loc))
+        reward = jnp.where(ended | ~jnp.isfinite(reward), 0.0, reward)
+        return env_state, returns + reward, ended | done, key
+
+    env_state = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+    carry = (env_state, jnp.zeros(num_episodes), jnp.zeros(num_episodes, bool), key)
+    return jax.lax.while_loop(lambda carry: ~carry[2].all(), step, carry)[1]
+
+
 def meta_defaults(name, ppo_settings="small", estimator="gradient"):
-    """MetaDefaults of a task, for a name in pipeline.ESTIMATORS.
+    """MetaDefaults of a task, for the estimator "gradient", "pes" or "nres".
 
     In worlds the paper's belong to the paper's gradient. An estimator that sees whole lives (pes, nres) learns from rewards as
     they are tested, and begins with a step that is too large for all of a life: what it learns is a way down.
     """
-    if name in brax_env.NAMES:
+    if name in ROBOTS:
         return MetaDefaults(_meta_ppo(name, ppo_settings).reward_scale, 3e-4 if ppo_settings == "paper" else 1e-3)
     if estimator == "gradient":
         return MetaDefaults(*_META_WORLDS.get(name, (1.0, 1e-2)))
@@ -169,7 +210,7 @@ def check(name, ppo_settings):
 
 
 def ppo_knobs(name, ppo_settings):
-    """(steps, knobs of ppo.Config) of a robot as tested. One that the paper has not takes the paper's for ant."""
+    """(steps, knobs of ppo.Config) of a robot as tested. A robot that the paper does not use takes ant's."""
     if ppo_settings == "paper":
         return PAPER_PPO.get(name, PAPER_PPO["ant"])
     if name in _SMALL_TRANSFER:

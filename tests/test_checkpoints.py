@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
+from harness import checkpoints
 
 
 def state_on(num_devices):
@@ -58,6 +58,16 @@ def test_fingerprint_is_the_sum_in_its_docstring(num_devices):
     bits = [np.asarray(x).view(f"u{x.dtype.itemsize}").astype(object).reshape(-1) for x in jax.tree.leaves(state)]
     expected = [sum(int(b) * (2 * i + 1) for i, b in enumerate(x)) % 2**32 for x in bits]
     assert checkpoints.fingerprint(state).tolist() == expected
+
+
+def test_every_bit_of_a_64_bit_number_changes_the_fingerprint():
+    with jax.enable_x64(True):
+        for number in (np.float64(1.5), np.int64(3)):
+            bits = np.uint64(np.asarray(number).view(np.uint64))
+            before = checkpoints.fingerprint({"x": jnp.full(3, number)})
+            for i in range(64):
+                changed = (bits ^ np.uint64(1 << i)).view(number.dtype)
+                assert checkpoints.fingerprint({"x": jnp.full(3, number).at[1].set(changed)}) != before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "edited", "removed"])

@@ -1,0 +1,128 @@
+"""Fresh agents: their curves, how they are tuned, and what is kept of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import meta_train
+import ppo
+from harness import agents, tasks, weights
+from learned_optimizers import velo
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.sharding.Mesh(jax.devices("cpu")[:2], ("units",))
+
+
+def test_points_without_an_ended_episode_take_the_value_before():
+    sums, episodes = np.array([[0.0, 6.0, 0.0, 4.0]]), np.array([[0, 2, 0, 1]])
+    np.testing.assert_array_equal(agents.mean_returns(sums, episodes, np.ones((1, 4))), [[3.0, 3.0, 3.0, 4.0]])
+
+
+def test_a_run_too_short_for_a_fifth_is_tabled_by_its_last_point():
+    returns = np.arange(14.0).reshape(2, 7)
+    for num_points, expected in ((1, [0, 7]), (2, [1, 8]), (7, [6, 13])):
+        result = agents.Runs(np.arange(num_points), returns[:, :num_points])
+        np.testing.assert_array_equal(result.final(), expected)
+
+
+def test_an_agent_whose_parameters_are_not_finite_has_no_return(mesh):
+    task, keys = tasks.make("catch", 4), jax.random.split(jax.random.key(0), 2)
+    result = agents.train(task, agents.Optimizer("adam"), [1e-3, np.inf], keys, mesh, steps=800)
+    assert np.isfinite(result.returns[0]).all() and np.isnan(result.returns[1]).any()
+    assert np.isnan(result.area()[1])
+
+
+def test_a_diverged_candidate_is_never_chosen(mesh):
+    task = tasks.make("catch", 4)
+    result = agents.tuned(task, agents.Optimizer("sign_descent"), [np.inf, 1e-3], 2, jax.random.key(0), mesh, 800)
+    assert result.alpha == 1e-3 and np.isfinite(result.tuning_area)
+
+
+def test_what_the_store_holds_is_not_run_again_and_another_shape_is(mesh):
+    task, keys, saved = tasks.make("catch", 4), jax.random.split(jax.random.key(0), 3), []
+    held = np.ones((3, 10))
+    wrong_shape = np.ones((3, 7))
+    store = agents.Store(lambda run, alpha: {0: held, 1: wrong_shape}.get(run), lambda run, *rest: saved.append(run))
+    result = agents.train(task, agents.Optimizer("adam"), [1e-3] * 3, keys, mesh, steps=800, store=store)
+    assert saved == [1, 2] and result.returns.shape == (3, 10)
+    np.testing.assert_array_equal(result.returns[0], 1.0)
+
+
+def test_agents_of_one_run_share_no_random_numbers():
+    """A key of the updates is never the key of the initialisation, nor of another point."""
+    key = jax.random.key(3)
+    init_key, updates_key = jax.random.split(key)
+    used = [jax.random.split(jax.random.fold_in(updates_key, point), 7) for point in range(50)]
+    data = np.concatenate([jax.random.key_data(keys) for keys in (init_key[None], *used)])
+    assert len({tuple(row) for row in data.tolist()}) == 1 + 50 * 7
+
+
+def test_sign_descent_is_raw_optim4rl_without_learned_weights():
+    learned = agents.make_rule("untrained_optim4rl")(0.1, agents.untrained("optim4rl", jax.random.key(0)).meta_params)
+    plain, grads = agents.make_rule("sign_descent")(0.1, None), {"w": jnp.array([[1e-3, -2.0], [0.5, 0.0]])}
+    updates = [optimizer.update(grads, optimizer.init(grads))[0]["w"] for optimizer in (learned, plain)]
+    np.testing.assert_allclose(*updates, rtol=1e-6)
+
+
+def test_normalised_inputs_are_the_gradient_over_its_root_mean_square():
+    def seen(inputs):  # what the learned rule is given: one that returns its input tells
+        return agents.normalised(optax.identity()) if inputs else optax.identity()
+
+    optimizer, v = seen(True), np.zeros(3)
+    state = optimizer.init(jnp.zeros(3))
+    for t in range(1, 30):
+        g = np.random.default_rng(t).normal(size=3).astype(np.float32) * [1e-4, 1e-3, 1.0]
+        updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state)
+        v = 0.99 * v + 0.01 * g**2
+        expected = np.clip(g / np.sqrt(v / (1 - 0.99**t) + 1e-10), -10, 10)
+        np.testing.assert_allclose(updates, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", agents.NAMES)
+def test_every_name_is_an_optimizer_that_moves_parameters_downhill(name):
+    meta_params = (
+        agents.LEARNED[base].init(jax.random.key(0))
+        if (base := agents.UNTRAINED.get(name, name)) in agents.LEARNED
+        else None
+    )
+    for inputs in agents.INPUTS:
+        optimizer, params = agents.make_rule(name, inputs)(0.1, meta_params), {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+        updates, _ = optax.with_extra_args_support(optimizer).update(params, optimizer.init(params), params, value=1.0)
+        if base == "velo":  # downhill is what it must learn
+            assert all(leaf.all() and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+        else:
+            assert all((leaf < 0).all() for leaf in jax.tree.leaves(updates))
+
+
+def test_velo_knows_the_length_of_the_run_and_has_no_learning_rate():
+    meta_params, params = velo.init_meta_params(jax.random.key(0), 16, 8), {"w": jnp.ones(3)}
+    expected = velo.velo(7, meta_params, learning_rate=0.5)
+    optimizer = agents.make_rule("untrained_velo", "normalised", 7)(0.5, meta_params)
+    updates = [x.update(params, x.init(params), params, value=1.0)[0]["w"] for x in (optimizer, expected)]
+    np.testing.assert_array_equal(*updates)
+    for name in ("velo", "untrained_velo"):
+        assert agents.learning_rates(agents.Optimizer(name), [0.1, 1e-3]) == [1.0]
+    assert meta_train.per_task(meta_train.Config(optimizer="velo", alpha=()), "alpha") == [1.0, 1.0]
+    assert meta_train.per_task(meta_train.Config(optimizer="velo", alpha=(0.5,)), "alpha") == [0.5, 0.5]
+
+
+def test_a_unit_s_planned_steps_count_those_of_its_agent():
+    assert tasks.unit_steps("catch", "small", 63, 4) == 63 * 4
+    assert tasks.unit_steps("ant", "small", 5, 4) == 5 * 4 * 2 * 4  # 2 epochs of 4 minibatches
+
+
+def test_a_policy_comes_back_and_what_is_none_is_refused(tmp_path):
+    stats = ppo.init_obs_stats(3)._asdict()
+    layers = ppo.init_mlp(jax.random.key(0), (3, 4, 2))
+    weights.save(tmp_path / "a.npz", {"policy": layers, "obs_stats": stats}, {"task": "ant"}, agents.POLICY_KIND)
+    params, found, metadata = agents.load_policy(tmp_path / "a.npz")
+    jax.tree.map(np.testing.assert_array_equal, (params["policy"], found._asdict()), (layers, stats))
+    assert metadata == {"task": "ant"}
+    wrong = {"layer_0": layers["layer_1"], "layer_1": layers["layer_0"]}
+    weights.save(tmp_path / "b.npz", {"policy": wrong, "obs_stats": stats}, {}, agents.POLICY_KIND)
+    with pytest.raises(ValueError, match="not a chain of layers"):
+        agents.load_policy(tmp_path / "b.npz")
