@@ -1,15 +1,15 @@
-"""Program: compares optimizers by training fresh agents with them, on gridworlds and Catch (A2C) and Brax robots (PPO).
+"""Program: trains fresh agents with several optimizers and compares them, on gridworlds (A2C) and Brax robots (PPO).
 
     python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
-    python evaluate.py --tasks catch,big_dense_long --learning-rate 1e-3,3e-3,1e-2 --seeds 10
+    python evaluate.py --tasks catch big_dense_long --learning-rate 1e-3 3e-3 1e-2 --seeds 10
     python evaluate.py --preset transfer                                # the paper's four robots in small, 35 minutes on one core
-    python evaluate.py --preset gridworlds --tasks small_dense_short    # weights/gated_adam.npz at the paper's size, 6 minutes
+    python evaluate.py --preset gridworlds --tasks small_dense_short    # GatedAdam at the paper's size, 6 minutes
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
+    python evaluate.py --resume runs/evaluate-...                       # continues after an interruption; no finished run is run again
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
-    python evaluate.py --resume runs/evaluate-...                       # goes on after an interruption; no finished run is run again
 
-All optimizers are tuned alike: where several learning rates are given, the one with the best return over the whole run on
-two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
+All optimizers are tuned alike: where several learning rates are given, the one with the largest area under the return curve
+on two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
 folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
 (each finished run), policies/ (each reported robot) and, with --render, films.
 """
@@ -18,216 +18,238 @@ import csv
 import itertools
 import json
 import pathlib
+import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 from tqdm import tqdm
 
-import brax_env
-import cli
-import compare
-import figures
-import optim4rl
-import records
-import render
-import suite
+from harness import agents, films, plots, runs, statistics, tasks, weights
+from learned_optimizers import velo
 
-WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz each
+WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz
+
+
+TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 
 
 @dataclass(frozen=True)
 class Config:
-    tasks: tuple[str, ...] = cli.flag(("inverted_pendulum",), "comma-separated task names")
-    optimizers: tuple[str, ...] = cli.flag(
-        compare.DEFAULT_OPTIMIZERS, f"comma-separated optimizer names, of {', '.join(compare.OPTIMIZERS)}"
-    )
-    weights: str | None = cli.flag(None, "FILE of optim4rl, or NAME=FILE,NAME=FILE; none: weights/NAME.npz")
-    learning_rate: tuple[float, ...] = cli.flag((), "alpha; several: each optimizer's best; none: the task's grid")
-    fixed: tuple[str, ...] = cli.flag((), "NAME=ALPHA,NAME=ALPHA: optimizers that keep one learning rate on all tasks")
-    seeds: int = cli.flag(3, "reported runs of each optimizer")
-    steps: float | None = cli.flag(None, "environment steps of a run; none: the task's own budget")
-    num_envs: int | None = cli.flag(None, "environments of an A2C agent; none: the paper's, 512 (Catch 64)")
-    ppo: str = cli.flag("small", "PPO's settings: paper, or small ones of our own")
-    seed: int = cli.flag(0, "seed of everything")
-    devices: int | None = cli.flag(None, "devices to use; none: all, on a CPU one per core")
-    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
-    resume: str | None = cli.flag(None, "folder of an interrupted run to go on with, its config taken from there")
-    render: bool = cli.flag(False, "film an episode of each robot and optimizer, as HTML")
+    preset: Literal["quick", "gridworlds", "transfer", "paper"] = "quick"  # other defaults for all other flags
+    tasks: tuple[TaskName, ...] = ("inverted_pendulum",)  # worlds and robots
+    optimizers: tuple[Literal[*agents.NAMES], ...] = ("optim4rl", *agents.HAND_DESIGNED)  # what trains the agents
+    weights: tuple[str, ...] = ()  # FILE of optim4rl, or NAME=FILE; empty: weights/NAME.npz
+    learning_rate: tuple[float, ...] = ()  # alpha; several: each optimizer's best; empty: the task's grid
+    fixed: tuple[str, ...] = ()  # NAME=ALPHA: optimizers that keep one learning rate on all tasks
+    seeds: int = 3  # reported runs of each optimizer
+    steps: float | None = None  # environment steps of a run; None: the task's own budget
+    num_envs: int | None = None  # environments of an A2C agent; None: the paper's, 512 (Catch 64)
+    truncation: bool = False  # agents are told where a gridworld's horizon alone ended an episode
+    ppo: PPOSettings = "small"  # PPO's settings
+    seed: int = 0  # of everything
+    devices: int | None = None  # None: all, on a CPU one per core
+    out: str | None = None  # folder of this run; None: a new one under runs/
+    resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
+    render: bool = False  # film an episode of each robot and optimizer, as HTML
 
 
 PRESETS = {
     "quick": {},
-    "gridworlds": dict(  # one alpha for the learned optimizer, the others tuned on each task
-        tasks=suite.PAPER_WORLDS,
-        optimizers=("gated_adam", "untrained_gated_adam", "untrained", "adam", "rmsprop"),
+    "gridworlds": dict(  # one alpha for GatedAdam, the others tuned on each task
+        tasks=tasks.PAPER_WORLDS,
+        optimizers=("gated_adam", "untrained_gated_adam", "sign_descent", "adam", "rmsprop"),
         fixed=("gated_adam=0.03",),
         learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         seeds=10,
         steps=5e6,
     ),
-    "transfer": dict(tasks=tuple(suite.PAPER_PPO)),
-    "paper": dict(tasks=tuple(suite.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
+    "transfer": dict(tasks=tuple(tasks.PAPER_PPO)),
+    "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 
 
-def load_weights(config):
-    """The meta_params of every learned optimizer asked for. A resumed run goes on with the weights that it began with."""
-    files, meta_params = {file.stem: file for file in WEIGHTS.glob("*.npz")}, {}
-    for text in filter(None, (config.weights or "").split(",")):
-        name, file = text.split("=", 1) if "=" in text else ("optim4rl", text)
-        if name not in compare.LEARNED:
-            raise cli.UsageError(f"--weights names {name!r}; known: {', '.join(compare.LEARNED)}")
-        files[name] = file
+def check(config):
+    """Raises UsageError for what cannot be; returns (tasks, {name: agents.Optimizer})."""
+    for flag, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
+        if not value or len(set(value)) < len(value):
+            raise runs.UsageError(f"{flag} is {','.join(value) or 'empty'}; name at least one, each once")
+    runs.check_seed(config.seed)
+    runs.check_positive(config, ("seeds", "steps", "learning_rate", "num_envs"))
+    fixed_rates(config)
+    if config.render and not set(config.tasks) & set(tasks.ROBOTS):
+        names = ", ".join(tasks.ROBOTS)
+        raise runs.UsageError(f"--render films robots, and --tasks {','.join(config.tasks)} names none; known: {names}")
+    optimizers = make_optimizers(config)
+    return [
+        runs.usage(tasks.make, name, config.num_envs, config.ppo, config.truncation) for name in config.tasks
+    ], optimizers
+
+
+def make_optimizers(config):
+    """{name: agents.Optimizer} of config.optimizers, the learned ones with their weights."""
+    files, optimizers = weight_files(config), {}
+    for name in config.optimizers:
+        if name in agents.LEARNED:
+            optimizers[name] = load_optimizer(name, files.get(name))
+        elif name in agents.UNTRAINED:
+            optimizers[name] = agents.untrained(agents.UNTRAINED[name], jax.random.key(config.seed))
+        else:
+            optimizers[name] = agents.Optimizer(name)
+    return optimizers
+
+
+def weight_files(config):
+    """{name: file} of the learned optimizers. A resumed run takes the weights that it began with."""
     if config.resume:
-        files |= {file.stem: file for file in pathlib.Path(config.resume, "weights").glob("*.npz")}
-    for name in filter(compare.LEARNED.get, config.optimizers):
-        if name not in files:
-            remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
-            raise cli.UsageError(f"{name} needs weights: {remedy}")
-        like = compare.LEARNED[name].init(jax.random.key(0))
-        meta_params[name], _ = optim4rl.load(files[name], name, like)
-    return meta_params
+        return {file.stem: file for file in pathlib.Path(config.resume, "weights").glob("*.npz")}
+    files, given = {file.stem: file for file in WEIGHTS.glob("*.npz")}, {}
+    for text in config.weights:
+        name, equals, file = text.partition("=")
+        name, file = (name, file) if equals and name in agents.LEARNED else ("optim4rl", text)
+        if name not in config.optimizers:
+            raise runs.UsageError(f"--weights {text}: {name} is not among --optimizers {','.join(config.optimizers)}")
+        if not file or name in given:
+            raise runs.UsageError(f"--weights {text}: give one FILE of optim4rl, or NAME=FILE")
+        given[name] = file
+    return files | given
+
+
+def load_optimizer(name, file):
+    """The agents.Optimizer of a learned optimizer and its weight file, which also says what inputs it was learned with."""
+    if file is None:
+        remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
+        remedy += f"; {velo.SOURCES}" if name == "velo" else ""
+        raise runs.UsageError(f"{name} needs weights: {remedy}")
+    try:
+        if name == "velo" and pathlib.Path(file).suffix != ".npz":  # the published weights
+            return agents.Optimizer(name, velo.load(file)[0])
+        meta_params, metadata = weights.load(file, name, agents.LEARNED[name].init(jax.random.key(0)))
+    except FileNotFoundError:
+        more = f"; {velo.SOURCES}" if name == "velo" else ""
+        raise runs.UsageError(
+            f"no weight file {file}; python meta_train.py --optimizer {name} makes one{more}"
+        ) from None
+    except ValueError as error:
+        raise runs.UsageError(error) from None
+    inputs = metadata.get("inputs", "raw")
+    if inputs not in agents.INPUTS:
+        raise runs.UsageError(f"{file} was learned with {inputs!r} inputs; known: {', '.join(agents.INPUTS)}")
+    return agents.Optimizer(name, meta_params, inputs)
 
 
 def fixed_rates(config):
-    """{optimizer: (alpha,)} of those that are not tuned. Raises UsageError for what is no NAME=ALPHA."""
+    """{optimizer: [alpha]} of those that are not tuned. Raises UsageError for what is no NAME=ALPHA."""
     rates = {}
     for text in config.fixed:
         name, _, alpha = text.partition("=")
         try:
-            rates[name] = (float(alpha),)
+            rates[name] = [float(alpha)]
         except ValueError:
-            rates[name] = (0.0,)
+            rates[name] = [0.0]
         if name not in config.optimizers or not 0 < rates[name][0] <= 1e12:
-            raise cli.UsageError(f"--fixed has {text!r}; give NAME=ALPHA, NAME one of {', '.join(config.optimizers)}")
+            raise runs.UsageError(f"--fixed has {text!r}; give NAME=ALPHA, NAME one of {', '.join(config.optimizers)}")
     return rates
 
 
-def check(config):
-    """Raises UsageError for what cannot be; returns (tasks, meta_params of each optimizer)."""
-    fixed_rates(config)
-    try:
-        tasks = [suite.make(name, config.num_envs, config.ppo) for name in config.tasks]
-        meta_params = compare.untrained_params(jax.random.key(config.seed))
-        meta_params |= load_weights(config)
-    except FileNotFoundError as error:
-        raise cli.UsageError(f"no weight file {error.filename}; python meta_train.py makes one") from None
-    except ValueError as error:
-        raise cli.UsageError(error) from None
-    for name in config.optimizers:
-        if name not in compare.OPTIMIZERS:
-            raise cli.UsageError(f"unknown optimizer {name!r}; known: {', '.join(compare.OPTIMIZERS)}")
-    for name, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
-        if not value:
-            raise cli.UsageError(f"{name} is empty; name at least one")
-    if config.render and not any(task.play for task in tasks):
-        robots = ", ".join(brax_env.NAMES)
-        raise cli.UsageError(f"--render films robots, and --tasks {','.join(config.tasks)} names none; known: {robots}")
-    cli.check_positive(config, ("seeds", "steps", "learning_rate"))
-    return tasks, meta_params
-
-
-def open_folder(config, meta_params):
+def open_folder(config, optimizers):
     """The run's folder, new or resumed, with all that the runs write to."""
-    if config.resume:
-        folder = cli.old_folder(config.resume, config)
-    else:
-        folder = cli.new_folder(config.out, "evaluate", config)
+    folder = runs.open_folder("evaluate", config)
     try:
         for name in ("runs", "policies", "weights"):
             (folder / name).mkdir(exist_ok=True)
-        for name in set(compare.LEARNED) & set(meta_params):
-            optim4rl.save(folder / "weights" / f"{name}.npz", meta_params[name], kind=name)
+        for name in set(agents.LEARNED) & set(optimizers):
+            weights.save(
+                folder / "weights" / f"{name}.npz",
+                optimizers[name].meta_params,
+                {"inputs": optimizers[name].inputs},
+                name,
+            )
         (folder / "curves.csv").open("a").close()
     except OSError as error:
-        raise cli.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
+        raise runs.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
     return folder
 
 
-def report(config, folder, task, optimizer, meta_params, mesh, stop):
-    """Tunes and trains with one optimizer, under a progress bar: (row of the table, Runs)."""
-    # Keys depend on seed and task alone: every optimizer sees the same ones. 0 and 1 are tuning's and the report's.
-    key = jax.random.fold_in(jax.random.key(config.seed), sum(map(ord, task.name)))
-    play_key, rates = jax.random.fold_in(key, 2), config.learning_rate or task.learning_rates
-    rates = fixed_rates(config).get(optimizer, rates)
-    store = partial(records.store, folder, task, optimizer, play_key, {"config": asdict(config)})
+def report(config, folder, task, optimizer, mesh, stop):
+    """Tunes and trains with one optimizer, under a progress bar: (agents.Tuned, further entries of its row)."""
+    # Keys depend on seed and task alone: every optimizer sees the same ones.
+    key, play_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(task.name.encode())))
+    rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
+    rates = fixed_rates(config).get(optimizer.name, rates)
+    store = partial(agents.kept_runs, folder, task, optimizer.name, play_key, {"config": asdict(config)})
     bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
-    with tqdm(total=100, desc=f"{task.name} {optimizer}", bar_format=bar_format) as bar:
+    with tqdm(total=100, desc=f"{task.name} {optimizer.name}", bar_format=bar_format) as bar:
 
         def progress(part):
             bar.update(min(100 * part, 100 - bar.n))
-            end_if(stop, folder)
+            if stop:  # Ctrl-C or SIGTERM; only the runs under way are lost
+                print(f"\nstopped; finished runs are kept; {runs.how_to_resume('evaluate.py', folder)}")
+                raise SystemExit(128 + stop[0])
 
-        alpha, runs = compare.tuned(
-            task, optimizer, meta_params, rates, config.seeds, key, mesh, config.steps, progress, store
-        )
-    row = compare.summarize(task, optimizer, alpha, runs)
+        result = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, progress, store)
+    more = {}
     if task.play:
-        values = records.deterministic_returns(folder, task.name, optimizer, alpha, config.seeds)
-        row["deterministic"], row["deterministic_low"], row["deterministic_high"] = map(float, compare.interval(values))
-        row["deterministic_runs"] = values.tolist()
-    return row, runs
+        values = agents.deterministic_returns(folder, task.name, optimizer.name, result.alpha, config.seeds)
+        more = statistics.measured("deterministic", values)
+    return result, more
 
 
-def end_if(stop, folder):
-    """Ends the program after Ctrl-C or SIGTERM. Only the runs under way are lost."""
-    if stop:
-        print(f"\nstopped; finished runs are kept; go on with: python evaluate.py --resume {folder}")
-        raise SystemExit(128 + stop[0])
-
-
-def write_curves(writer, row, runs):
-    """The curves of one optimizer as rows of curves.csv."""
-    for i, returns in enumerate(runs.returns):
-        for step, value in zip(runs.steps, returns):
-            writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
-
-
-def run_all(config, folder, tasks, meta_params, mesh, stop):
-    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: returns the table's rows and compare.scores."""
-    rows, areas = [], {}
+def run_all(config, folder, all_tasks, optimizers, mesh, stop):
+    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: statistics.Comparison."""
+    results = statistics.Comparison()
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
-        for task, optimizer in itertools.product(tasks, config.optimizers):
-            row, runs = report(config, folder, task, optimizer, meta_params.get(optimizer), mesh, stop)
-            rows.append(row)
-            areas[task.name, optimizer] = runs.area()
-            write_curves(writer, row, runs)
+        for task, optimizer in itertools.product(all_tasks, optimizers.values()):
+            tuned, more = report(config, folder, task, optimizer, mesh, stop)
+            write_curves(writer, results.add(task.name, optimizer.name, tuned, **more), tuned.runs)
             file.flush()
-    (folder / "summary.json").write_text(json.dumps(rows, indent=1))
-    figures.learning_curves("curves", [folder], folder)
-    return rows, compare.scores(areas)
+    with runs.whole_file(folder / "summary.json", "w") as file:
+        json.dump(results.rows, file, indent=1)
+    plots.learning_curves(folder / "curves.png", [folder])
+    return results
 
 
-def film(config, folder, tasks):
+def write_curves(writer, row, all_runs):
+    """The curves of one optimizer as rows of curves.csv."""
+    for i, returns in enumerate(all_runs.returns):
+        for step, value in zip(all_runs.steps, returns):
+            writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
+
+
+def film(config, folder, all_tasks):
     """An HTML file of one episode of the first reported robot of each optimizer."""
-    for task, optimizer in itertools.product([task for task in tasks if task.play], config.optimizers):
-        params, obs_stats, metadata = records.load_policy(records.policy_path(folder, task.name, optimizer, 0))
+    for task, optimizer in itertools.product([task for task in all_tasks if task.play], config.optimizers):
+        try:
+            params, stats, metadata = agents.load_policy(agents.policy_path(folder, task.name, optimizer, 0))
+        except (OSError, ValueError) as error:
+            raise runs.UsageError(f"no film of {optimizer} on {task.name}: {error}") from None
         path = folder / f"{task.name}-{optimizer}.html"
         title = f"{task.name}, trained with {optimizer} (alpha {metadata['alpha']:g})"
-        path.write_text(render.film(task.name, params, obs_stats, jax.random.key(config.seed), title))
+        path.write_text(films.film(task.name, params, stats, jax.random.key(config.seed), title))
         print(f"Film: {path}")
 
 
 def main(argv=None):
-    config = cli.parse(Config, PRESETS, __doc__, argv)
-    mesh = cli.use_devices(config.devices)
-    tasks, meta_params = check(config)
-    with cli.graceful_stop() as stop:
-        folder = open_folder(config, meta_params)
-        print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
-        rows, scores = run_all(config, folder, tasks, meta_params, mesh, stop)
-    print(f"\n{compare.table(rows)}\n\nInterquartile mean and 95% bootstrap interval over {config.seeds} seeds.")
-    if scores:
-        print(compare.scores_text(scores, f"the better of {' and '.join(compare.BASELINES)}"))
-    if any(task.play for task in tasks):
-        print(f"Without noise: mean return of {suite.EVALUATION_EPISODES} episodes at the end of each reported run.")
+    config = runs.parse(Config, PRESETS, __doc__, argv)
+    mesh = runs.use_devices(config.devices)
+    all_tasks, optimizers = check(config)
+    with runs.graceful_stop() as stop:
+        folder = open_folder(config, optimizers)
+        with runs.only_one(folder):
+            print(
+                f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}"
+            )
+            results = run_all(config, folder, all_tasks, optimizers, mesh, stop)
+    print(f"\n{results.text(config.seeds)}")
+    if any(task.play for task in all_tasks):
+        print(f"Without noise: mean return of {tasks.EVALUATION_EPISODES} episodes at the end of each reported run.")
     print(f"Curves: {folder}/curves.png")
     if config.render:
-        film(config, folder, tasks)
+        film(config, folder, all_tasks)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

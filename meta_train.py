@@ -1,115 +1,177 @@
-"""Program: learns an optimizer by pipeline training on gridworlds, Catch and robots, then tests it on fresh agents (paper: the experiments).
+"""Program: learns an optimizer by pipeline training, then trains fresh agents with it (paper: Algorithm 1, experiments).
 
-    python meta_train.py                                    # two small worlds, evolution strategies, 5 minutes on 2 CPU cores
-    python meta_train.py --preset gradient                  # the same worlds with the paper's gradient, 3 minutes
-    python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, or 6 hours of 2 CPU cores
-    python meta_train.py --preset pendulum                  # a robot, learned by PPO
-    python meta_train.py --preset gated_adam                # the weights of gated_adam.py, 87 minutes
-    python meta_train.py --resume runs/meta_train-...       # goes on where an interrupted run was saved
+    python meta_train.py                                    # two small worlds: 5 minutes on 2 CPU cores
+    python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
+    python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 6 hours of 2 CPU cores
+    python meta_train.py --preset pendulum                  # a robot, learned by PPO: 6 minutes
+    python meta_train.py --preset gated_adam                # the weights of learned_optimizers/gated_adam.py: 87 minutes
+    python meta_train.py --resume runs/meta_train-...       # continues a run that was stopped
 
-A run's folder receives config.json, metrics.csv (one row a meta-step), optimizer.npz (the learned weights, for evaluate.py),
+A run's folder receives config.json, metrics.csv (one row per meta-step), optimizer.npz (the learned weights, for evaluate.py),
 checkpoints/, curves.png and, at the end, summary.json with the table.
 """
 
-import contextlib
 import itertools
 import json
-import os
-import sys
+import math
 import time
-from dataclasses import asdict
+import zlib
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
 
-import checkpoints
-import cli
-import compare
-import meta_config
-import metrics
-import optim4rl
+import evolution
 import pipeline
-import suite
+from harness import agents, checkpoints, metrics, plots, runs, statistics, tasks, weights
+
+Preset, Estimator = Literal["quick", "gradient", "paper", "gated_adam", "pendulum"], Literal["gradient", "nres", "pes"]
+TESTED = ("small_dense_short", "small_dense_long", "small_sparse_short")
+TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Preset = "quick"  # other defaults for all other flags
+    tasks: tuple[TaskName, ...] = ("small_dense_short", "small_dense_long")  # worlds and robots to learn from
+    optimizer: Literal[*agents.LEARNED] = "optim4rl"  # what is learned
+    inputs: Literal[*agents.INPUTS] = "normalised"  # what its networks see: g / RMS(g), or raw: g as in the paper
+    estimator: Estimator = "nres"  # of the meta-gradient; gradient: the paper's; nres, pes: of whole lives
+    num_units: int = 16  # n: training units of each task
+    num_envs: int = 64  # environments of a unit; a robot's are among PPO's settings
+    ppo: PPOSettings = "small"  # PPO's settings, for robots
+    meta_steps: int = 500  # length of the run
+    resets: Literal["staggered", "synchronised", "none"] = "staggered"  # of units; staggered is pipeline training
+    reset_interval: tuple[int, ...] = (63,)  # m: meta-steps of a unit's life, for all tasks or per task; 0: no resets
+    inner_updates: int = 4  # agent updates in a meta-step
+    sigma: float = 0.1  # standard deviation of the perturbations of nres and pes
+    noise_interval: int = 0  # meta-steps after which their noise begins again; 0: with a unit's life
+    meta_learning_rate: float = 7e-3  # step size of Adam on the meta-parameters
+    meta_decay: float = 0.0  # part of that step size at the end of the run, to which it falls linearly; 1: constant
+    gru_scale: float = 0.1  # part of sigma and of that step size that the weights of GRUs get; 1: all, as in the paper
+    meta_grad_clip: float = 1.0  # global norm to which the meta-gradient is clipped
+    task_grad_norm: float = 0.5  # norm to which each task's meta-gradient is rescaled; 0: not rescaled
+    keep: float = 1.0  # how far the weights go from the untrained ones, 0, to those learned, 1
+    alpha: tuple[float, ...] = (0.05,)  # learning rate of what is learned, for all or per task; empty: each task's own
+    reward_scale: tuple[float, ...] = ()  # factor on rewards, for all or per task; empty: each task's own
+    test_tasks: tuple[TaskName, ...] = TESTED  # tasks of the final table; empty: no table
+    test_steps: float = 3.2e5  # environment steps of a run in the final table
+    test_envs: int = 64  # environments of an agent in the final table; a robot's are among PPO's settings
+    test_seeds: int = 10  # runs of each optimizer in the final table
+    test_learning_rates: tuple[float, ...] = (1e-2, 2e-2, 3e-2, 5e-2, 1e-1)
+    """step sizes among which every optimizer of the table is tuned; empty: the task's grid"""
+    seed: int = 0  # of everything
+    devices: int | None = None  # None: as many as share the units equally, on a CPU one per core
+    checkpoint_every: float = 120.0  # seconds between checkpoints
+    out: str | None = None  # folder of this run; None: a new one under runs/
+    coordinator: str | None = None  # HOST:PORT of process 0, in a run of several processes; auto: as SLURM or MPI tells
+    num_processes: int | None = None  # processes of the run, all with the same --out; None: one, or auto
+    process_id: int | None = None  # which of them this is, 0 to N - 1; None: the only one, or auto
+    resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
+
+
+# The paper's gradient, and as much of its pipeline as 2 CPU cores train in 2 minutes
+_GRADIENT = dict(
+    inputs="raw",
+    estimator="gradient",
+    num_units=64,
+    num_envs=1,
+    meta_steps=400,
+    reset_interval=(72,),
+    meta_learning_rate=1e-3,
+    meta_decay=1.0,
+    gru_scale=1.0,
+    alpha=(),
+    test_learning_rates=(),
+)
+PRESETS = {
+    "quick": {},
+    "gradient": _GRADIENT,
+    "paper": _GRADIENT
+    | dict(
+        tasks=tasks.PAPER_WORLDS,
+        num_units=512,
+        meta_steps=585,
+        reset_interval=(288,),
+        test_tasks=tasks.WORLDS,
+        test_steps=5e6,
+        test_envs=512,
+    ),
+    "gated_adam": dict(
+        tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"),
+        optimizer="gated_adam",
+        meta_steps=1250,
+        reset_interval=(125,),
+        sigma=0.4,
+        meta_learning_rate=4e-3,
+        meta_decay=1.0,
+        keep=0.5,
+        alpha=(0.03,),
+        test_learning_rates=(),
+    ),
+    "pendulum": _GRADIENT
+    | dict(
+        tasks=("inverted_pendulum",),
+        num_units=8,
+        meta_steps=100,
+        reset_interval=(12,),
+        alpha=(3e-4,),
+        meta_learning_rate=5e-3,
+        test_tasks=("inverted_pendulum",),
+        test_seeds=3,
+    ),
+}
 
 
 def make_tasks(config, mesh):
-    """The pipeline's tasks."""
-    make_learned = compare.LEARNED[config.optimizer].make
+    """The pipeline's tasks: in each, an agent that learns it, and the optimizer as a function of its meta-parameters."""
+    estimator = pipeline.gradient
+    if config.estimator != "gradient":
+        estimator = getattr(evolution, config.estimator)(config.sigma, config.noise_interval)
 
     def make_task(name, alpha, reward_scale, settings):
-        learner = suite.make_unit(name, reward_scale, config.num_envs, config.ppo)
-        make_optimizer = lambda meta_params: suite.clipped(name, make_learned(meta_params, alpha))
-        return pipeline.make_task(learner, make_optimizer, settings, mesh)
+        life = (settings.resets != "none" and settings.reset_interval) or config.meta_steps
+        steps = tasks.unit_steps(name, config.ppo, life, config.inner_updates)
+        rule = agents.make_rule(config.optimizer, config.inputs, steps)
+        learner = tasks.make_unit(name, reward_scale, config.num_envs, config.ppo)
+        make_optimizer = lambda scaled: tasks.clipped(name, rule(alpha, unscaled(config, scaled)))
+        return pipeline.make_task(learner, make_optimizer, settings, mesh, estimator)
 
-    alphas, reward_scales = meta_config.per_task(config, "alpha"), meta_config.per_task(config, "reward_scale")
-    return list(map(make_task, config.tasks, alphas, reward_scales, meta_config.pipeline_configs(config)))
+    alphas, reward_scales = per_task(config, "alpha"), per_task(config, "reward_scale")
+    return list(map(make_task, config.tasks, alphas, reward_scales, pipeline_configs(config)))
 
 
 def learn(config, mesh, folder):
-    """The meta-training, from the folder's newest checkpoint if it has one: returns the meta-parameters and metrics.csv's rows."""
-    tasks = make_tasks(config, mesh)
+    """The meta-training, from the folder's newest checkpoint if it has one: (meta-parameters, the rows of metrics.csv)."""
+    all_tasks = make_tasks(config, mesh)
     clip = optax.clip_by_global_norm(config.meta_grad_clip)
     first, last = config.meta_learning_rate, config.meta_learning_rate * config.meta_decay
     meta_optimizer = optax.chain(clip, optax.adam(optax.linear_schedule(first, last, config.meta_steps)))
     _, run_key = jax.random.split(jax.random.key(config.seed))
     norm = config.task_grad_norm or None
-    meta_step = lambda state: pipeline.meta_step(tasks, meta_optimizer, state, run_key, norm)
+    meta_step = lambda state: pipeline.meta_step(all_tasks, meta_optimizer, state, run_key, norm)
     with checkpoints.manager(folder / "checkpoints") as manager:
-        state = pipeline.init(tasks, meta_optimizer, init_meta_params(config), run_key)
-        with failures_in_one_line(folder, manager):
-            state = checkpoints.restore(manager, like=state) or state
-            path = folder / "metrics.csv" if cli.is_first_process() else None
-            log = metrics.Log(path, config.tasks, meta_config.metric_scales(config), int(state.step))
+        start = jax.tree.map(jnp.divide, init_meta_params(config), scales(config))
+        state = pipeline.init(all_tasks, meta_optimizer, start, run_key)
+        with checkpoints.failures_in_one_line(folder, manager, runs.how_to_resume("meta_train.py", folder)):
+            state = checkpoints.continued(manager, state, finished=(folder / "optimizer.npz").exists())
+            path = folder / "metrics.csv" if runs.is_first_process() else None
+            log = metrics.Log(path, config.tasks, metric_scales(config), int(state.step))
             state, signal = advance(config, meta_step, state, log, partial(save, manager, folder, config, log))
-    if lost := log.hopeless():
+    if lost := log.lost_tasks():
         raise SystemExit(
-            f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in the last "
-            f"{metrics.MAX_SKIPPED}; the weights before are in {folder}/optimizer.npz"
+            f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in most of "
+            f"the last {metrics.WINDOW}; those meta-steps changed nothing; the weights are in {folder}/optimizer.npz"
         )
     if signal:
-        print(f"stopped and saved after {int(state.step)} meta-steps; {how_to_resume(folder)}")
+        print(f"stopped and saved after {int(state.step)} meta-steps; {runs.how_to_resume('meta_train.py', folder)}")
         raise SystemExit(128 + signal)
     return kept(config, state.meta_params), log.rows
-
-
-def init_meta_params(config):
-    """The meta-parameters that meta-training begins with."""
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    return compare.LEARNED[config.optimizer].init(init_key)
-
-
-def kept(config, meta_params):
-    """The meta-parameters that are tested and saved: some of the way from the untrained ones to those that were learned.
-
-    Between the two they may do on the tasks of meta-training what the learned ones do, and better on unlike ones
-    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
-    """
-    between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
-    return jax.tree.map(between, init_meta_params(config), meta_params)
-
-
-@contextlib.contextmanager
-def failures_in_one_line(folder, manager):
-    """Ends the program where a checkpoint is damaged, the disk is full or another process is lost, saying how to go on."""
-    try:
-        yield
-        return
-    except checkpoints.Damaged as error:
-        raise cli.UsageError(error) from None
-    except OSError as error:
-        what = f"cannot write to {folder} ({error})"
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        what = f"another process of this run was lost ({str(error).splitlines()[0]})"
-    last = manager.latest_step()
-    saved = "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume(folder)}"
-    print(f"{what}; {saved}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)  # at once: an ordinary end would wait for the lost process, and for writes that cannot be done
 
 
 def advance(config, meta_step, state, log, save):
@@ -117,23 +179,24 @@ def advance(config, meta_step, state, log, save):
 
     Returns: (MetaState, the signal's number or 0).
     """
-    saved, steps = time.time(), range(int(state.step), config.meta_steps)
-    look = {"unit": "meta-step", "dynamic_ncols": True, "disable": not cli.is_first_process()}
-    with cli.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **look) as bar:
+    saved, steps = time.monotonic(), range(int(state.step), config.meta_steps)
+    progress = {"unit": "meta-step", "dynamic_ncols": True, "disable": not runs.is_first_process()}
+    with runs.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **progress) as bar:
         for step in steps:
             state, step_metrics = meta_step(state)
             log.add(step, step_metrics)
             bar.set_postfix(log.recent(), refresh=False)
             bar.update()
-            late = time.time() - saved > config.checkpoint_every
-            signal, lost, late = cli.highest(max(signals, default=0), bool(log.hopeless()), late)
+            lost = (step + 1) % metrics.WINDOW == 0 and bool(log.lost_tasks())
+            overdue = time.monotonic() - saved > config.checkpoint_every
+            signal, lost, overdue = runs.highest(max(signals, default=0), lost, overdue)
             if signal or lost:
                 break
-            if late:
+            if overdue:
                 save(state)
-                saved = time.time()
+                saved = time.monotonic()
         save(state)
-        (signal,) = cli.highest(max(signals, default=0))  # one that came while the last state was saved, too
+        (signal,) = runs.highest(max(signals, default=0))  # also one that came while the last state was saved
     return state, int(signal)
 
 
@@ -144,73 +207,143 @@ def save(manager, folder, config, log, state):
     save_weights(folder, config, kept(config, state.meta_params), {"meta_steps": int(state.step)})
 
 
-def how_to_resume(folder):
-    return f"go on with: python meta_train.py --resume {folder}"
-
-
 def save_weights(folder, config, meta_params, metadata):
-    if cli.is_first_process():
-        metadata = {"command": cli.command(), "config": asdict(config)} | metadata
-        optim4rl.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
+    if runs.is_first_process():
+        metadata = {"command": runs.command(), "inputs": config.inputs, "config": asdict(config)} | metadata
+        weights.save(folder / "optimizer.npz", meta_params, metadata, config.optimizer)
+
+
+def init_meta_params(config):
+    """The meta-parameters that meta-training begins with."""
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
+    return agents.init_meta_params(config.optimizer, init_key, config.inputs)
+
+
+def scales(config):
+    """A tree like the meta-parameters, of the units in which they are perturbed and moved: gru_scale in the GRUs, else 1."""
+    of_a_gru = lambda path: config.optimizer in agents.RECURRENT and not path[-1].key.startswith("readout")
+    like = jax.eval_shape(lambda: init_meta_params(config))
+    return jax.tree.map_with_path(
+        lambda path, x: jnp.asarray(config.gru_scale if of_a_gru(path) else 1.0, x.dtype), like
+    )
+
+
+def unscaled(config, meta_params):
+    """The meta-parameters themselves, from those in units of scales, which the pipeline learns."""
+    return jax.tree.map(jnp.multiply, meta_params, scales(config))
+
+
+def kept(config, meta_params):
+    """What is tested and saved of meta_params in units of scales: part of the way from the untrained ones, if so asked.
+
+    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": it may do as well on the tasks learned from, and better
+    on others.)
+    """
+    between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
+    return jax.tree.map(between, init_meta_params(config), unscaled(config, meta_params))
 
 
 def test(config, mesh, folder, learned_params):
-    """Fresh agents trained with the learned optimizer, before and after meta-training, and with Adam and RMSProp: prints the table."""
-    untrained = compare.UNTRAINED[config.optimizer]
-    meta_params = {config.optimizer: learned_params, untrained: init_meta_params(config)}
-    pairs = list(itertools.product(config.test_tasks, (*meta_params, "adam", "rmsprop")))
-    tasks = {name: suite.make(name, config.test_envs, config.ppo) for name in config.test_tasks}
-    rates = {name: config.test_learning_rates or task.learning_rates for name, task in tasks.items()}
-    seeds, key, rows, areas = config.test_seeds, jax.random.key(config.seed + 1), [], {}
+    """Fresh agents trained with the learned optimizer, the same before meta-training, and hand-designed ones: prints the table."""
+    learned = agents.Optimizer(config.optimizer, learned_params, config.inputs)
+    untrained = agents.Optimizer(f"untrained_{config.optimizer}", init_meta_params(config), config.inputs)
+    optimizers = [learned, untrained, *map(agents.Optimizer, agents.HAND_DESIGNED)]
+    results, pairs = statistics.Comparison(), list(itertools.product(config.test_tasks, optimizers))
     with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
         progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
         for name, optimizer in pairs:
-            bar.set_description(f"testing {optimizer} on {name}")
-            task, params = tasks[name], meta_params.get(optimizer)
-            alpha, runs = compare.tuned(
-                task, optimizer, params, rates[name], seeds, key, mesh, config.test_steps, progress
-            )
-            rows.append(compare.summarize(task, optimizer, alpha, runs) | {"seen": name in config.tasks})
-            areas[name, optimizer] = runs.area()
-    (folder / "summary.json").write_text(json.dumps(rows, indent=1))
-    save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
+            bar.set_description(f"testing {optimizer.name} on {name}")
+            task = tasks.make(name, config.test_envs, config.ppo)
+            rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
+            key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+            tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps, progress)
+            results.add(name, optimizer.name, tuned, seen=name in config.tasks)
+    with runs.whole_file(folder / "summary.json", "w") as file:
+        json.dump(results.rows, file, indent=1)
+    save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": results.rows})
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
-    print(
-        f"\nFresh agents, {config.test_steps:.1e} steps, {seeds} seeds; in gridworlds {config.test_envs} environments."
+    print(f"\nFresh agents, {config.test_steps:.1e} steps; in gridworlds {config.test_envs} environments.")
+    print(f"Every optimizer is tuned: the best of several alphas on {agents.TUNING_SEEDS} other seeds.")
+    print(f"Never seen in meta-training: {unseen}.\n\n{results.text(config.test_seeds)}")
+    print("The intervals are over agents of this one meta-run; another meta-run makes another optimizer.")
+
+
+def per_task(config, name):
+    """One number per task, from a flag that gives one for all, or one per task; each task's own where it gives none."""
+    values = getattr(config, name)
+    if not values and name in tasks.MetaDefaults._fields:
+        values = [getattr(tasks.meta_defaults(task, config.ppo, config.estimator), name) for task in config.tasks]
+        return [1.0] * len(values) if (name, config.optimizer) == ("alpha", "velo") else values  # VeLO has no alpha
+    if len(values) not in (1, len(config.tasks)):
+        given = f"{runs.flag_of(name)} is {','.join(map(str, values)) or 'empty'}"
+        raise runs.UsageError(f"{given}, for {len(config.tasks)} tasks; give one number, or one per task")
+    return list(values) * (len(config.tasks) // len(values))
+
+
+def metric_scales(config):
+    """What rewards in the metrics of each task are multiplied by: worlds scale their rewards, robots leave it to PPO's loss."""
+    scales = per_task(config, "reward_scale")
+    return [1.0 if task in tasks.ROBOTS else scale for task, scale in zip(config.tasks, scales)]
+
+
+def pipeline_configs(config):
+    """pipeline.Config of each task."""
+    intervals = per_task(config, "reset_interval")
+    return [pipeline.Config(config.num_units, m, config.inner_updates, config.resets) for m in intervals]
+
+
+def check(config):
+    """Raises UsageError for what cannot be, before anything is written."""
+    if not config.tasks:
+        raise runs.UsageError("--tasks is empty; name at least one")
+    if len(set(config.tasks)) < len(config.tasks):
+        raise runs.UsageError(f"--tasks is {','.join(config.tasks)}; name each task once")
+    for name in config.tasks + config.test_tasks:
+        runs.usage(tasks.check, name, config.ppo)
+    runs.check_seed(config.seed)
+    runs.check_positive(config, ("num_units", "num_envs", "alpha", "reward_scale", "sigma", "meta_steps"))
+    runs.check_positive(
+        config, ("meta_learning_rate", "meta_grad_clip", "gru_scale", "checkpoint_every", "inner_updates")
     )
-    print(f"Every optimizer is tuned over alpha = {'; '.join(sorted(set(map(str, rates.values()))))}.")
-    print(f"Never seen in meta-training: {unseen}.")
-    print(f"Interquartile mean [95% bootstrap interval]; {untrained} is {config.optimizer} before meta-training.\n")
-    print(compare.table(rows))
-    if scores := compare.scores(areas, baselines=(untrained,)):
-        print(f"\n{compare.scores_text(scores, untrained)}")
+    runs.check_positive(config, ("test_envs", "test_steps", "test_seeds", "test_learning_rates"))
+    for name in ("alpha", "reward_scale", "reset_interval"):
+        per_task(config, name)
+    for name in ("meta_decay", "keep"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be between 0 and 1")
+    for name in ("task_grad_norm", "noise_interval"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be positive, or 0")
+    never_reset = config.resets == "none" or 0 in config.reset_interval
+    if never_reset and config.estimator != "gradient" and not config.noise_interval:
+        raise runs.UsageError(f"{config.estimator} without resets never draws its noise again; give --noise-interval")
 
 
 def main(argv=None):
-    config = cli.parse(meta_config.Config, meta_config.PRESETS, __doc__, argv)
-    meta_config.check(config)
-    cli.join_processes(config.coordinator, config.num_processes, config.process_id)
-    mesh = cli.use_devices(config.devices, divides=config.num_units)
-    try:
-        for settings in meta_config.pipeline_configs(config):
-            pipeline.check(settings, mesh.devices.size)
-    except ValueError as error:
-        raise cli.UsageError(error) from None
-    folder = (
-        cli.old_folder(config.resume, config) if config.resume else cli.new_folder(config.out, "meta_train", config)
-    )
-    say = print if cli.is_first_process() else lambda text: None
-    kind, worlds = mesh.devices.flat[0].device_kind, ", ".join(config.tasks)
-    say(f"{mesh.devices.size} x {kind}; {config.num_units} units each of {worlds}; results in {folder}; compiling ...")
-    learned_params, rows = learn(config, mesh, folder)
-    if cli.is_first_process():
-        metrics.plot(folder / "curves.png", rows, config.tasks)
-    say(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
-    if config.test_tasks and jax.process_count() > 1:
-        say(f"The table of fresh agents is left to one process alone; {how_to_resume(folder)}")
-    elif config.test_tasks:
-        test(config, mesh, folder, learned_params)
+    config = runs.parse(Config, PRESETS, __doc__, argv)
+    check(config)
+    runs.join_processes(config.coordinator, config.num_processes, config.process_id)
+    mesh = runs.use_devices(config.devices, divides=config.num_units)
+    runs.check_same_everywhere(config)
+    for settings in pipeline_configs(config):
+        runs.usage(pipeline.check, settings, mesh.devices.size)
+    folder = runs.open_folder("meta_train", config)
+    say = print if runs.is_first_process() else lambda text: None
+    with runs.only_one(folder):
+        units = f"{config.num_units} units each of {', '.join(config.tasks)}"
+        say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {units}; results in {folder}")
+        say(f"{config.optimizer} with {config.inputs} inputs by {config.estimator}; the paper's: --preset gradient")
+        learned_params, rows = learn(config, mesh, folder)
+        if runs.is_first_process():
+            plots.meta_training(folder / "curves.png", rows, config.tasks)
+        say(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
+        if config.test_tasks and jax.process_count() > 1:
+            say(
+                f"The table of fresh agents is left to one process alone; {runs.how_to_resume('meta_train.py', folder)}"
+            )
+        elif config.test_tasks:
+            test(config, mesh, folder, learned_params)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

@@ -2,18 +2,21 @@
 
 import os
 import pathlib
-import sys
-
-# Tolerances are those of float32 on a CPU: an accelerator multiplies matrices less exactly. Set the variable to try one.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import tempfile
 
 import jax
 import numpy as np
 import pytest
-from programs import TINY_META, TINY_TEST, finish
+from programs import ROOT, TINY_META, TINY_TEST, finish
 
+# Tolerances are those of float32 on a CPU: an accelerator multiplies matrices less exactly. Set the variable to try one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiled programs are shared by the processes of the tests, and by the next run of them.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"optim4rl-{jax.__version__}")
+)
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_num_cpu_devices", 4)  # for the tests that share units among devices; all else uses the first
 
 

@@ -7,18 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import finish, read_csv
 
 import brax_env
-import cli
-import compare
 import evaluate
-import meta_config
 import meta_train
 import optim4rl
 import pipeline
 import ppo
-import suite
-from programs import finish, read_csv
+from harness import agents, runs, tasks, weights
 
 TINY = ppo.Config(
     num_envs=4,
@@ -51,7 +48,7 @@ def rolling_env():
 
 
 def make_optimizer(meta_params):
-    return suite.clipped("inverted_pendulum", optim4rl.optim4rl(meta_params, 0.05))
+    return tasks.clipped("inverted_pendulum", optim4rl.optim4rl(0.05, meta_params))
 
 
 def some_meta_params():
@@ -145,12 +142,12 @@ def test_the_backward_pass_keeps_gradients_not_activations():
 
 @pytest.fixture
 def tiny_units(monkeypatch):
-    monkeypatch.setattr(suite, "_meta_ppo", lambda name, ppo_settings: TINY)
+    monkeypatch.setattr(tasks, "_meta_ppo", lambda name, ppo_settings: TINY)
     monkeypatch.setattr(brax_env, "make", lambda name: rolling_env())
 
 
 def test_units_on_two_devices_are_reset_in_turn(tiny_units):
-    config = meta_config.Config(
+    config = meta_train.Config(
         tasks=("inverted_pendulum",), num_units=2, reset_interval=(3,), inner_updates=1, estimator="pes", alpha=(0.05,)
     )
     (task,) = meta_train.make_tasks(config, jax.sharding.Mesh(jax.devices()[:2], ("units",)))
@@ -166,13 +163,13 @@ def test_units_on_two_devices_are_reset_in_turn(tiny_units):
 
 
 def test_each_task_has_its_own_reset_interval():
-    config = meta_config.Config(tasks=("catch", "inverted_pendulum"), num_units=5, reset_interval=(125, 9))
-    assert [(c.num_units, c.reset_interval) for c in meta_config.pipeline_configs(config)] == [(5, 125), (5, 9)]
+    config = meta_train.Config(tasks=("catch", "inverted_pendulum"), num_units=5, reset_interval=(125, 9))
+    assert [(c.num_units, c.reset_interval) for c in meta_train.pipeline_configs(config)] == [(5, 125), (5, 9)]
 
 
 def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
     folder = tmp_path / "run"
-    flags = "--tasks small_dense_short,inverted_pendulum --num-units 2 --meta-steps 3 --reset-interval 2,3 --inner-updates 1"
+    flags = "--preset gradient --tasks small_dense_short,inverted_pendulum --num-units 2 --meta-steps 3 --reset-interval 2,3 --inner-updates 1"
     code, _, err = finish("meta_train.py", f"{flags} --test-tasks , --out {folder}")
     assert code == 0, err
     rows = read_csv(folder / "metrics.csv")
@@ -184,25 +181,25 @@ def test_a_world_and_a_robot_are_learned_from_in_one_run(tmp_path):
     assert returns and all(3 < value < 200 for value in returns)
     assert all(row["inverted_pendulum/diverged"] == "0" for row in rows)
     assert (folder / "curves.png").stat().st_size > 1000
-    optim4rl.load(folder / "optimizer.npz")
+    weights.load(folder / "optimizer.npz")
     assert "return inverted_pendulum" in err
 
 
 def test_a_run_too_short_for_a_fifth_is_tabled_by_its_last_point():
     returns = np.arange(14.0).reshape(2, 7)
     for num_points, expected in ((1, [0, 7]), (2, [1, 8]), (7, [6, 13])):
-        runs = compare.Runs(np.arange(num_points), returns[:, :num_points])
-        np.testing.assert_array_equal(runs.final(), expected)
+        result = agents.Runs(np.arange(num_points), returns[:, :num_points])
+        np.testing.assert_array_equal(result.final(), expected)
 
 
 def test_the_papers_settings_are_those_of_its_appendix():
     for name, obs_size, entropy_cost, reward_scale in (("ant", 27, 1e-2, 10), ("humanoid", 244, 1e-3, 0.1)):
-        config = suite._meta_ppo(name, "paper")
+        config = tasks._meta_ppo(name, "paper")
         sizes = (config.num_envs, config.batch_size, config.num_minibatches, config.rollout_length, config.num_epochs)
         assert sizes == (2048, 1024, 8, 5, 4)
         assert (config.discount, config.entropy_cost, config.reward_scale) == (0.97, entropy_cost, reward_scale)
-        assert suite.meta_defaults(name, "paper") == (reward_scale, 3e-4)
-        learner = suite.make_unit(name, reward_scale, ppo_settings="paper")
+        assert tasks.meta_defaults(name, "paper") == (reward_scale, 3e-4)
+        learner = tasks.make_unit(name, reward_scale, ppo_settings="paper")
         agent = jax.eval_shape(lambda key: learner.init(key, optax.sgd(0.1)), jax.random.key(0))
         hidden = {part: [layer["kernel"].shape[1] for layer in agent.params[part].values()] for part in agent.params}
         assert hidden["policy"][:-1] == [32] * 4 and hidden["value"] == [64] * 5 + [1]
@@ -210,40 +207,40 @@ def test_the_papers_settings_are_those_of_its_appendix():
 
 
 def test_the_small_transfer_is_the_papers_four_robots_at_small_settings():
-    config = cli.parse(evaluate.Config, evaluate.PRESETS, "", ["--preset", "transfer"])
+    config = runs.parse(evaluate.Config, evaluate.PRESETS, "", ["--preset", "transfer"])
     assert set(config.tasks) == {"ant", "humanoid", "inverted_double_pendulum", "walker2d"} and config.ppo == "small"
     for name in config.tasks:
-        steps, knobs = suite.ppo_knobs(name, "small")
+        steps, knobs = tasks.ppo_knobs(name, "small")
         settings = ppo.Config(**knobs)
         steps_per_update = settings.batch_size * settings.num_minibatches * settings.rollout_length
         assert steps_per_update == 4096 and 1e5 <= steps <= 3e5
         assert steps / settings.num_envs > 1000  # an episode of full length ends within a run
-        assert suite.meta_defaults(name) == (settings.reward_scale, 1e-3)
+        assert tasks.meta_defaults(name) == (settings.reward_scale, 1e-3)
 
 
 def test_gradients_are_clipped_in_all_tasks_but_catch():
     for name, expected in (("ant", 1.0), ("big_dense_long", 1.0), ("catch", 5.0)):
-        optimizer = suite.clipped(name, optax.sgd(1.0))
+        optimizer = tasks.clipped(name, optax.sgd(1.0))
         updates, _ = optimizer.update(jnp.array([5.0, -5.0, 0.5]), optimizer.init(jnp.zeros(3)))
         np.testing.assert_allclose(updates, [-expected, expected, -0.5])
 
 
 def test_reward_scales_of_metrics_are_the_worlds_own():
-    config = meta_config.Config(tasks=("small_dense_long", "ant"))
-    assert meta_config.metric_scales(config) == [1e3, 1.0]
-    assert meta_config.metric_scales(dataclasses.replace(config, reward_scale=(7.0,))) == [7.0, 1.0]
+    config = meta_train.Config(**meta_train.PRESETS["gradient"], tasks=("small_dense_long", "ant"))
+    assert meta_train.metric_scales(config) == [1e3, 1.0]
+    assert meta_train.metric_scales(dataclasses.replace(config, reward_scale=(7.0,))) == [7.0, 1.0]
 
 
 def test_what_no_flag_says_depends_on_task_and_estimator():
-    tasks = ("small_dense_long", "big_dense_long", "ant")
+    names = ("small_dense_long", "big_dense_long", "ant")
     for estimator, alphas, reward_scales in (
         ("gradient", [1e-3, 3e-3, 1e-3], [1e3, 1.0, 0.1]),
         ("nres", [0.1, 0.03, 1e-3], [1.0, 1.0, 0.1]),
     ):
-        config = meta_config.Config(tasks=tasks, estimator=estimator)
-        assert meta_config.per_task(config, "alpha") == alphas
-        assert meta_config.per_task(config, "reward_scale") == reward_scales
-    assert meta_config.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
+        config = meta_train.Config(tasks=names, estimator=estimator, alpha=())
+        assert meta_train.per_task(config, "alpha") == alphas
+        assert meta_train.per_task(config, "reward_scale") == reward_scales
+    assert meta_train.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
 
 
 @pytest.mark.parametrize(
@@ -254,5 +251,5 @@ def test_what_no_flag_says_depends_on_task_and_estimator():
     ],
 )
 def test_robots_that_do_not_exist_are_refused(changes, message):
-    with pytest.raises(cli.UsageError, match=message):
-        meta_config.check(meta_config.Config(**changes))
+    with pytest.raises(runs.UsageError, match=message):
+        meta_train.check(meta_train.Config(**changes))
