@@ -1,8 +1,8 @@
 """Program: how fast everything is on the machine at hand, as a table and as JSON.
 
-    python benchmarks/bench.py                               # everything
-    python benchmarks/bench.py --only optimizer,a2c          # some groups
-    python benchmarks/bench.py --only meta --units 8,32,128  # how a meta-step grows with the units
+    python -m benchmarks.bench                               # everything
+    python -m benchmarks.bench --only optimizer,a2c          # some groups
+    python -m benchmarks.bench --only meta --units 8,32,128  # how a meta-step grows with the units
 
 Every number is the median of several runs after one that compiles, whose time is given apart. The meta-steps are measured
 in processes of their own, each with an empty compilation cache, so that the time to the first one and the peak memory are
@@ -20,24 +20,17 @@ import tempfile
 import time
 from functools import partial
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import brax_env
-import cli
-import compare
 import gridworld
-import meta_config
 import meta_train
 import pipeline
-import suite
+from harness import agents, runs, tasks
 
-PAPER_WORLDS = meta_config.PRESETS["paper"]["tasks"]
 GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
 
 
@@ -70,9 +63,9 @@ def machine(repeats):
 
 
 def environments(repeats):
-    """Random actions in 512 environments, 100 steps a call."""
-    for name in (*PAPER_WORLDS, "catch", "inverted_double_pendulum"):
-        robot = name in brax_env.NAMES
+    """Random actions in 512 environments, 100 steps per call."""
+    for name in (*tasks.PAPER_WORLDS, "catch", "inverted_double_pendulum"):
+        robot = name in tasks.ROBOTS
         env = brax_env.make(name) if robot else gridworld.make(name)
 
         def step(states, key, env=env, robot=robot):
@@ -95,13 +88,13 @@ def learner_speed(group, name, learner, steps_per_update, optimizer, repeats):
 
 
 def learners(group, repeats):
-    """A2C with 512 environments, PPO with the small settings of suite.py, under Adam and Optim4RL."""
+    """A2C with 512 environments, PPO with the small settings of harness/tasks.py, under Adam and Optim4RL."""
     names = ("small_dense_short", "big_dense_long") if group == "a2c" else ("inverted_pendulum",)
-    meta_params = compare.LEARNED["optim4rl"].init(jax.random.key(0))
+    meta_params = agents.LEARNED["optim4rl"].init(jax.random.key(0))
     for name in names:
-        task = suite.make(name)
+        task = tasks.make(name)
         for optimizer in ("adam", "optim4rl"):
-            transformation = compare.OPTIMIZERS[optimizer](meta_params, 1e-3)
+            transformation = agents.make_rule(optimizer)(1e-3, meta_params)
             yield learner_speed(
                 group, f"{name}, {optimizer}", task.learner, task.steps_per_update, transformation, repeats
             )
@@ -112,16 +105,16 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
     grads = jax.random.normal(jax.random.key(0), (updates, num_scalars))
     zeros = jnp.zeros(num_scalars)
     per_million = 1e3 * 2**20 / num_scalars / updates
-    for name in ("adam", "rmsprop", *compare.LEARNED):
-        learned = compare.LEARNED.get(name)
+    for name in ("adam", "rmsprop", *agents.LEARNED):
+        learned = agents.LEARNED.get(name)
         meta_params = learned.init(jax.random.key(1)) if learned else jnp.zeros(())
 
         def unroll(meta_params, grads, name=name):
-            optimizer = compare.OPTIMIZERS[name](meta_params, 1e-3)
+            optimizer = optax.with_extra_args_support(agents.make_rule(name)(1e-3, meta_params))
 
             def update(carry, g):
                 params, opt_state = carry
-                updates, opt_state = optimizer.update(g, opt_state, params)
+                updates, opt_state = optimizer.update(g, opt_state, params, value=0.0)  # VeLO wants a loss
                 return (params + updates, opt_state), None
 
             (params, _), _ = jax.lax.scan(update, (zeros, optimizer.init(zeros)), grads)
@@ -133,13 +126,14 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
 
 
-def meta_step_worker(repeats, tasks, num_units, devices, estimator, ppo="small"):
+def meta_step_worker(repeats, names, num_units, devices, estimator, ppo="small"):
     """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
     began = time.perf_counter()
-    config = meta_config.Config(tasks=tasks, num_units=num_units, estimator=estimator, ppo=ppo)
-    mesh, key = cli.use_devices(devices, divides=num_units), jax.random.key(0)
+    preset = meta_train.PRESETS["gradient"] | dict(num_units=num_units, estimator=estimator)
+    config = meta_train.Config(**preset, tasks=names, ppo=ppo)
+    mesh, key = runs.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
-    meta_params = compare.LEARNED["optim4rl"].init(key)
+    meta_params = agents.LEARNED["optim4rl"].init(key)
     state = pipeline.init(worlds, meta_optimizer, meta_params, key)
     step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
     state = jax.block_until_ready(step(state))
@@ -152,10 +146,10 @@ def meta_step_worker(repeats, tasks, num_units, devices, estimator, ppo="small")
 def meta_steps(cases, repeats):
     """cases: (name, *arguments of meta_step_worker); devices None: all. The first case is started twice."""
     for number, (name, *case) in enumerate(cases):
-        command = [sys.executable, __file__, "--worker", json.dumps([repeats, *case])]
+        command = [sys.executable, "-m", "benchmarks.bench", "--worker", json.dumps([repeats, *case])]
         with tempfile.TemporaryDirectory() as cache:
             for start in ("", " again") if number == 0 else ("",):
-                env = os.environ | {"XDG_CACHE_HOME": cache}
+                env = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": ""}
                 process = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
                 if process.returncode:
                     raise SystemExit(f"{name} failed:\n{process.stderr}")
@@ -169,16 +163,16 @@ def meta_steps(cases, repeats):
 
 def meta_cases(units):
     """Six worlds together, on one device and all, both estimators; more and more worlds; more and more units."""
-    yield "six worlds x 32 units", PAPER_WORLDS, 32, None, "gradient"
-    yield "six worlds x 32 units, 1 device", PAPER_WORLDS, 32, 1, "gradient"
-    yield "six worlds x 32 units, pes", PAPER_WORLDS, 32, None, "pes"
-    yield "three worlds x 32 units", PAPER_WORLDS[:3], 32, None, "gradient"
-    for world in PAPER_WORLDS:
+    yield "six worlds x 32 units", tasks.PAPER_WORLDS, 32, None, "gradient"
+    yield "six worlds x 32 units, 1 device", tasks.PAPER_WORLDS, 32, 1, "gradient"
+    yield "six worlds x 32 units, pes", tasks.PAPER_WORLDS, 32, None, "pes"
+    yield "three worlds x 32 units", tasks.PAPER_WORLDS[:3], 32, None, "gradient"
+    for world in tasks.PAPER_WORLDS:
         yield f"{world} x 32 units", (world,), 32, None, "gradient"
     yield "catch x 64 units", ("catch",), 64, None, "gradient"
     for num_units in units:
         yield f"big_dense_long x {num_units} units", ("big_dense_long",), num_units, None, "gradient"
-    yield f"six worlds x {max(units)} units", PAPER_WORLDS, max(units), None, "gradient"
+    yield f"six worlds x {max(units)} units", tasks.PAPER_WORLDS, max(units), None, "gradient"
 
 
 def robot_cases():
@@ -197,11 +191,11 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.worker:
-        repeats, tasks, *case = json.loads(flags.worker)
-        return meta_step_worker(repeats, tuple(tasks), *case)
+        repeats, names, *case = json.loads(flags.worker)
+        return meta_step_worker(repeats, tuple(names), *case)
     groups = flags.only.split(",")
     if unknown := set(groups) - set(GROUPS):
-        raise cli.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
+        raise runs.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
     units = [int(number) for number in flags.units.split(",") if number]
     measurements = {
         "machine": lambda: machine(flags.repeats),
@@ -221,4 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

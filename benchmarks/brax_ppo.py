@@ -1,7 +1,7 @@
 """Program: our PPO beside Brax's own trainer, on the same robot, hyperparameters, seeds and evaluations.
 
-    python benchmarks/brax_ppo.py                                    # inverted_pendulum, small settings, 3 seeds each
-    python benchmarks/brax_ppo.py --task inverted_double_pendulum --ppo paper --seeds 5 --steps 4.9e5 --points 3
+    python -m benchmarks.brax_ppo                                    # inverted_pendulum, small settings, 3 seeds each
+    python -m benchmarks.brax_ppo --task inverted_double_pendulum --ppo paper --seeds 5 --steps 4.9e5 --points 3
 
 Both are trained with plain Adam and stop at equal numbers of environment steps to play 128 whole episodes without noise, from
 newly drawn first states. They draw their random numbers differently, so they agree as two sets of seeds do, not to the bit. The
@@ -13,43 +13,35 @@ config.json, curves.csv (every evaluation) and results.json.
 
 import csv
 import json
-import pathlib
-import sys
 import time
 import types
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import brax_env  # first: it keeps Brax quiet
-import cli
+import brax_env
 import ppo
-import suite
+from harness import runs, tasks
 
-from brax.training.agents.ppo import networks, train  # isort: skip
-
-EPISODE_LENGTH, EPISODES = 1000, suite.EVALUATION_EPISODES
+EPISODE_LENGTH, EPISODES = 1000, tasks.EVALUATION_EPISODES
 clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 PAPER_LEARNING_RATES = {"walker2d": 3e-5}  # elsewhere 3e-4
 
 
 @dataclass(frozen=True)
 class Config:
-    task: str = cli.flag("inverted_pendulum", "a Brax robot")
-    seeds: int = cli.flag(3, "runs of each trainer")
-    steps: float | None = cli.flag(None, "environment steps of a run; none: the settings' own")
-    ppo: str = cli.flag("small", "settings: paper, or small ones of our own")
-    learning_rate: float | None = cli.flag(None, "of Adam; none: 1e-3, or the paper's")
-    points: int = cli.flag(10, "evaluations after the first, which precedes training")
-    out: str | None = cli.flag(None, "folder of this run; none: a new one under runs/")
+    task: Literal[*tasks.ROBOTS] = "inverted_pendulum"  # a Brax robot
+    seeds: int = 3  # runs of each trainer
+    steps: float | None = None  # environment steps of a run; None: the settings' own
+    ppo: Literal[*tasks.PPO_SETTINGS] = "small"  # settings: paper, or small ones of our own
+    learning_rate: float | None = None  # of Adam; None: 1e-3, or the paper's
+    points: int = 10  # evaluations after the first, which precedes training
+    out: str | None = None  # folder of this run; None: a new one under runs/
 
 
 class Plan(NamedTuple):
@@ -70,12 +62,8 @@ class Run(NamedTuple):
 
 def make_plan(config):
     """The Plan of a Config. Raises UsageError for what cannot be."""
-    if config.task not in brax_env.NAMES:
-        raise cli.UsageError(f"unknown robot {config.task!r}; known: {', '.join(brax_env.NAMES)}")
-    if config.ppo not in ("small", "paper"):
-        raise cli.UsageError(f"--ppo is {config.ppo!r}; known: small, paper")
-    cli.check_positive(config, ("seeds", "steps", "learning_rate", "points"))
-    steps, knobs = suite.ppo_knobs(config.task, config.ppo)
+    runs.check_positive(config, ("seeds", "steps", "learning_rate", "points"))
+    steps, knobs = tasks.ppo_knobs(config.task, config.ppo)
     learning_rate = PAPER_LEARNING_RATES.get(config.task, 3e-4) if config.ppo == "paper" else 1e-3
     settings = ppo.Config(**knobs)
     steps_per_update = settings.batch_size * settings.num_minibatches * settings.rollout_length
@@ -101,7 +89,7 @@ def train_ours(plan, seed):
         keys = jax.random.split(key, plan.updates)
         return jax.lax.scan(lambda agent, key: (learner.update(optimizer, agent, key)[0], None), agent, keys)[0]
 
-    evaluate = jax.jit(lambda agent, key: ppo.evaluate(env, agent.params, agent.obs_stats, key, EPISODES).mean())
+    evaluate = jax.jit(lambda agent, key: tasks.play(env, agent.params, agent.obs_stats, key, EPISODES).mean())
     # float waits: an evaluation still under way would count for the next epoch.
     play = lambda agent, point: float(evaluate(agent, jax.random.fold_in(play_key, point)))
     agent = jax.jit(lambda: learner.init(init_key, optimizer))()
@@ -116,10 +104,13 @@ def train_ours(plan, seed):
 
 def train_brax(plan, seed):
     """One Run of brax.training.agents.ppo.train."""
+    robot = brax_env.load_robot(plan.name, "spring")  # first: it keeps Brax quiet
+    from brax.training.agents.ppo import networks, train
+
     config, evaluations = plan.config, []
     train.time = types.SimpleNamespace(time=clock)  # what it measures its speed with
     train.train(
-        environment=brax_env.envs.get_environment(plan.name, backend="spring"),
+        environment=robot,
         num_timesteps=plan.steps * plan.points,
         max_devices_per_host=1,
         num_envs=config.num_envs,
@@ -165,12 +156,12 @@ def _device_put_replicated(tree, devices):
 TRAINERS = {"ours": train_ours, "brax": train_brax}
 
 
-def summarize(plan, trainer, runs):
+def summarize(plan, trainer, done):
     """One row of the table as a dict; returns are means over seeds with their standard errors."""
-    returns, seconds = np.stack([run.returns for run in runs]), np.stack([run.seconds for run in runs])
+    returns, seconds = np.stack([run.returns for run in done]), np.stack([run.seconds for run in done])
     median = np.median(seconds[:, 2:]) if plan.points > 2 else np.nan
     values = {"final": returns[:, -1], "whole": returns[:, 1:].mean(1)}
-    row = {"trainer": trainer, "seeds": len(runs), "steps": plan.steps * plan.points}
+    row = {"trainer": trainer, "seeds": len(done), "steps": plan.steps * plan.points}
     for name, x in values.items():
         error = x.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
         row |= {name: float(x.mean()), f"{name}_error": float(error), f"{name}_runs": x.tolist()}
@@ -194,29 +185,29 @@ def table(rows):
 
 
 def main(argv=None):
-    config = cli.parse(Config, {"default": {}}, __doc__, argv)
+    config = runs.parse(Config, {}, __doc__, argv)
     plan = make_plan(config)
-    folder = cli.new_folder(config.out, "brax_ppo", config)
+    folder = runs.new_folder(config.out, "brax_ppo", config)
     if not hasattr(jax, "device_put_replicated"):
         jax.device_put_replicated = _device_put_replicated
     print(f"{jax.devices()[0].device_kind}; {plan.points} x {plan.steps} steps of {plan.name}; results in {folder}")
-    runs = {trainer: [] for trainer in TRAINERS}
+    trained = {trainer: [] for trainer in TRAINERS}
     with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trainer", "seed", "step", "deterministic_return", "epoch_seconds"])
         for seed in range(config.seeds):
             for trainer, train_one in TRAINERS.items():  # in turn, so that a drift of the machine meets both
                 run = train_one(plan, seed)
-                runs[trainer].append(run)
+                trained[trainer].append(run)
                 for point, (value, seconds) in enumerate(zip(run.returns, ["", *run.seconds])):
                     writer.writerow([trainer, seed, point * plan.steps, f"{value:.6g}", seconds])
                 file.flush()
                 print(f"seed {seed}, {trainer}: {' '.join(f'{x:.0f}' for x in run.returns)}", flush=True)
-    rows = [summarize(plan, trainer, done) for trainer, done in runs.items()]
+    rows = [summarize(plan, trainer, done) for trainer, done in trained.items()]
     known = [{name: None if x != x else x for name, x in row.items()} for row in rows]  # JSON has no NaN
     (folder / "results.json").write_text(json.dumps(known, indent=1))
     print(f"\n{table(rows)}\n\nMean return of {EPISODES} episodes without noise, +- its standard error over seeds.")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

@@ -1,7 +1,7 @@
 """Program: what a run of meta-training survives, tried on real processes, files and a small file system; prints the tally.
 
-    python benchmarks/faults.py                      # all of it, 15 minutes on 2 CPU cores
-    python benchmarks/faults.py --kills 3 --out tally.md
+    python -m benchmarks.faults                      # all of it, 15 minutes on 2 CPU cores
+    python -m benchmarks.faults --kills 3 --out tally.md
 
 Every case ends like the run that nothing disturbed: the same bits of the weights, the same metrics.csv but for the seconds.
 The full disk is a mounted file system of a few MB, which needs Linux and the right to make user namespaces.
@@ -18,17 +18,15 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import jax
 import numpy as np
 
-import cli
-import optim4rl
+from harness import runs, weights
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
-FLAGS = f"--tasks small_dense_short,catch --num-units 4 --meta-steps {STEPS} --reset-interval 3 --test-tasks , --checkpoint-every"
+FLAGS = "--preset gradient --tasks small_dense_short catch --num-units 4 --reset-interval 3 --test-tasks , "
+FLAGS += f"--meta-steps {STEPS} --checkpoint-every"
 
 
 def start(flags, before=()):
@@ -43,28 +41,28 @@ def finish(flags):
     return process.returncode, err.splitlines()[-1] if err else ""
 
 
-def go_on(folder):
+def flags_to_continue(folder):
     """Flags that resume a run, or begin it where it was killed before its config was written."""
     return f"--resume {folder}" if (folder / "config.json").exists() else f"{FLAGS} 0.3 --out {folder}"
 
 
 def same(folder, sound):
     """Whether two runs have the same weights and the same rows, all of them, once each."""
-    weights = [jax.tree.leaves(optim4rl.load(path / "optimizer.npz")[0]) for path in (folder, sound)]
+    learned = [jax.tree.leaves(weights.load(path / "optimizer.npz")[0]) for path in (folder, sound)]
     rows = []
     for path in (folder, sound):
         with open(path / "metrics.csv", newline="") as file:
             rows.append([row | {"seconds": ""} for row in csv.DictReader(file)])
-    return all(map(np.array_equal, *weights)) and rows[0] == rows[1] and len(rows[0]) == STEPS
+    return all(map(np.array_equal, *learned)) and rows[0] == rows[1] and len(rows[0]) == STEPS
 
 
 def killed(work, sound, number, wanted):
     """Signals at random moments of starting, compiling, learning and saving: (signals sent, runs finished, runs that differ)."""
-    moments, sent, differing, runs = random.Random(int(number)), 0, 0, 0
+    moments, sent, differing, ended = random.Random(int(number)), 0, 0, 0
     while sent < wanted:
-        folder, done = work / f"{number.name}-{runs}", False
+        folder, done = work / f"{number.name}-{ended}", False
         while not done:
-            process = start(go_on(folder))
+            process = start(flags_to_continue(folder))
             try:
                 process.wait(moments.uniform(0, 20) if sent < wanted else None)
                 done = process.returncode == 0
@@ -72,9 +70,9 @@ def killed(work, sound, number, wanted):
                 process.send_signal(number)
                 process.wait()
                 sent += 1
-        runs, differing = runs + 1, differing + (not same(folder, sound))
+        ended, differing = ended + 1, differing + (not same(folder, sound))
         print(f"  {number.name}: {sent} of {wanted} sent", flush=True)
-    return sent, runs, differing
+    return sent, ended, differing
 
 
 def damaged(work, sound, wanted):
@@ -129,19 +127,19 @@ def tally(kills):
             raise SystemExit(f"the undisturbed run failed: {line}")
         print(f"  an undisturbed run takes {time.time() - began:.0f} s", flush=True)
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-            sent, runs, differing = killed(work, sound, number, kills if number == signal.SIGKILL else kills // 4)
+            sent, ended, differing = killed(work, sound, number, kills if number == signal.SIGKILL else kills // 4)
             yield (
                 f"{number.name} at a random moment",
                 sent,
-                f"{runs} runs ended, {differing} differ from an undisturbed one",
+                f"{ended} runs ended, {differing} differ from an undisturbed one",
             )
         cases, refused, differing = damaged(work, sound, 12)
-        result = f"{refused} refused in one line, the others no loss; {differing} differ after going on as it says"
+        result = f"{refused} refused in one line, the others no loss; {differing} differ when continued as it says"
         yield "a file of the newest checkpoint cut to half, or one byte of it changed", cases, result
         if shutil.which("unshare") and not subprocess.run(("unshare", "-rm", "true"), check=False).returncode:
-            runs, stopped, differing = full_disk(work, sound, (4, 7, 10))
+            disks, stopped, differing = full_disk(work, sound, (4, 7, 10))
             result = f"{stopped} ended in one line that says so, {differing} differ when resumed elsewhere"
-            yield "disk of 4, 7, 10 MB full", runs, result
+            yield "disk of 4, 7, 10 MB full", disks, result
 
 
 def main():
@@ -150,7 +148,7 @@ def main():
     parser.add_argument("--out", help="file to write the tally to as a Markdown table; none: print only")
     flags = parser.parse_args()
     if flags.kills < 1:
-        raise cli.UsageError(f"--kills is {flags.kills}; it must be at least 1")
+        raise runs.UsageError(f"--kills is {flags.kills}; it must be at least 1")
     lines = ["| fault | times | what came of it |", "|---|---|---|"]
     lines += [f"| {fault} | {times} | {result} |" for fault, times, result in tally(flags.kills)]
     print("\n".join(lines))
@@ -159,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

@@ -1,0 +1,55 @@
+"""What the experiments share: meta-runs of meta_train.py that are made once, and agents trained with what they learned."""
+
+import pathlib
+import zlib
+from functools import partial
+
+import jax
+
+import meta_train
+from harness import agents, plots, runs, weights
+
+
+def learned(config, mesh):
+    """The agents.Optimizer that meta_train.py learns with this Config, in the folder config.out: read where that is finished."""
+    folder = pathlib.Path(config.out)
+    if not (folder / "config.json").exists():
+        runs.new_folder(config.out, "meta_train", config)
+    if not (folder / "curves.png").exists():  # drawn last
+        _, rows = meta_train.learn(config, mesh, folder)
+        plots.meta_training(folder / "curves.png", rows, config.tasks)
+    like = agents.LEARNED[config.optimizer].init(jax.random.key(0))
+    meta_params, _ = weights.load(folder / "optimizer.npz", config.optimizer, like)
+    return agents.Optimizer(config.optimizer, meta_params, config.inputs)
+
+
+def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tuning_seeds=agents.TUNING_SEEDS, seed=0):
+    """agents.Tuned of an optimizer on a task, its runs kept in the folder under a label.
+
+    The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.name.encode()))
+    with runs.graceful_stop() as signals:
+
+        def progress(part):
+            if signals:  # only the agents under way are lost
+                raise SystemExit(128 + signals[0])
+
+        rates = agents.learning_rates(optimizer, rates)
+        store = partial(agents.kept_runs, folder, task, label, None, {})
+        return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, progress, store, tuning_seeds)
+
+
+def run(name, config, mesh, body):
+    """Calls body(folder) in the folder of an experiment, new or resumed. After a signal it says how to continue."""
+    folder = runs.open_folder(name, config)
+    for part in ("runs", "meta_runs"):
+        (folder / part).mkdir(exist_ok=True)
+    print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; results in {folder}")
+    try:
+        with runs.only_one(folder), runs.graceful_stop():  # what begins after a signal ends at once
+            return body(folder)
+    except SystemExit as stop:
+        if isinstance(stop.code, int):  # a signal; a meta-run that lost its meta-gradient has words of its own
+            print(f"\nstopped; {runs.how_to_resume(f'-m experiments.{name}', folder)}")
+        raise

@@ -1,0 +1,346 @@
+"""Experiment: what the tables and numbers of the texts say, each a function of files in results/; see tables.py.
+
+Intervals are those of statistics.interval where each run is kept, and else what summary.json says; none is made up.
+"""
+
+import csv
+import functools
+import itertools
+import json
+
+import numpy as np
+
+from experiments import tried
+from experiments.drift import drift, read_histograms
+from harness import runs, statistics
+
+RESULTS = runs.ROOT / "results"
+# Optimizers as earlier versions of the programs called them
+NAMES = {"untrained": "sign_descent", "adam_99": "adam_0.99_corrected", "rmsprop_99": "rmsprop_0.99_corrected"}
+BASELINES = statistics.BASELINES
+HAND = ("sign_descent", *BASELINES)
+GATED = ("gated_adam", "untrained_gated_adam", *HAND)
+BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long")
+WORLDS = ("small_dense_short", "small_dense_long", *BIG, "small_sparse_short", "small_sparse_long", "catch")
+TESTED = WORLDS[:2] + WORLDS[6:7]  # in the table of meta_train.py
+ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
+MORE_ROBOTS = ("inverted_pendulum", "hopper", "halfcheetah")
+
+
+# --- What is kept
+
+
+@functools.cache
+def read_json(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+@functools.cache
+def read_csv(name):
+    with open(RESULTS / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@functools.cache
+def measured(*folders):
+    """{(task, optimizer): row of summary.json}; where each run's curve is kept, also its area_runs and final_runs."""
+    rows = {}
+    for folder in folders:
+        pair_of = lambda row: (row["task"], NAMES.get(row["optimizer"], row["optimizer"]))
+        rows |= {pair_of(row): dict(row) for row in read_json(f"{folder}/summary.json")}
+        curves = read_csv(f"{folder}/curves.csv") if (RESULTS / folder / "curves.csv").exists() else []
+        for pair, points in itertools.groupby(curves, pair_of):
+            returns = np.array([float(point["episode_return"]) for point in points]).reshape(rows[pair]["seeds"], -1)
+            last_fifth = returns[:, -max(1, returns.shape[1] // 5) :]
+            rows[pair] |= {"area_runs": returns.mean(1), "final_runs": last_fifth.mean(1)}
+    return rows
+
+
+def beside_gated_adam():
+    """measured, of all that was tested beside GatedAdam."""
+    others = sorted(f"gridworlds/others/{path.name}" for path in (RESULTS / "gridworlds/others").iterdir())
+    worlds = [f"gridworlds/{name}" for name in ("small", "small_sparse_short", "small_sparse_long", "catch")]
+    robots = ["gated_adam/transfer", *(f"gated_adam/{name}" for name in MORE_ROBOTS)]
+    return measured(*worlds, *others, *robots, "gridworlds")
+
+
+def mean_of_log(folder, column, start, length):
+    """Mean of a column of metrics.csv over some meta-steps."""
+    values = [row[column] for row in read_csv(f"{folder}/metrics.csv")[start : start + length]]
+    return float(np.mean([float(value) for value in values if value]))
+
+
+# --- Text
+
+
+def number(x):
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2f}"
+
+
+def span(mean, low, high):
+    return f"{number(mean)} [{number(low)}, {number(high)}]"
+
+
+def cell(row, name):
+    """A mean and its interval. Few seeds of which only a summary is kept have none that means anything."""
+    if f"{name}_runs" in row:
+        return span(*statistics.interval(row[f"{name}_runs"]))
+    return span(row[name], row[f"{name}_low"], row[f"{name}_high"]) if row["seeds"] >= 5 else number(row[name])
+
+
+def markdown(header, *lines):
+    """A table; header: titles with | between them."""
+    titles = header.split(" | ")
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (titles, ["---"] * len(titles), *lines))
+
+
+def per_task(rows, tasks, optimizers, name="area"):
+    """A line per task, a column per optimizer, the alphas last."""
+    lines = []
+    for task in tasks:
+        known = [rows.get((task, optimizer)) for optimizer in optimizers]
+        alphas = ", ".join(f"{row['alpha']:g}" if row else "-" for row in known)
+        lines.append([task, *(cell(row, name) if row else "not run" for row in known), alphas])
+    return markdown(f"task | {' | '.join(optimizers)} | their alphas", *lines)
+
+
+def per_pair(rows, more=None):
+    """A line per task and optimizer; more: {title: name} of further columns."""
+    columns = {"return, whole run": "area", "return, last fifth": "final"} | (more or {})
+    cells = lambda row: [f"{row['alpha']:g}", *(cell(row, name) for name in columns.values())]
+    return markdown(
+        f"task | optimizer | alpha | {' | '.join(columns)}", *([*pair, *cells(row)] for pair, row in rows.items())
+    )
+
+
+# --- Ratios
+
+
+def mean_ratio(rows, tasks, optimizer, units, name="area"):
+    """Mean over tasks of an optimizer's mean in units of another's, or of the better of several."""
+    better = [max(rows[task, unit][name] for unit in units) for task in tasks]
+    return number(np.mean([rows[task, optimizer][name] / unit for task, unit in zip(tasks, better)]))
+
+
+def score(rows, tasks, optimizer, name="area"):
+    """statistics.scores of one optimizer. The tuning runs are not kept: better is the baseline with the larger reported mean."""
+    areas = {pair: row[f"{name}_runs"] for pair, row in rows.items() if pair[0] in tasks and f"{name}_runs" in row}
+    if any((task, optimizer) not in areas for task in tasks):
+        return "runs not kept"
+    means = {pair: float(statistics.iqm(values)) for pair, values in areas.items()}
+    return span(*statistics.scores(areas, means)[0][optimizer])
+
+
+# --- Contents
+
+
+def protocol():
+    def column(folder):
+        c = read_json(f"{folder}/config.json")["config"]
+        of, units = (
+            ("the loss after 4 updates", "") if c["estimator"] == "gradient" else ("returns of whole lives", " pairs")
+        )
+        test = f"{c['test_envs']} environments, {c['test_steps']:,.0f} steps"
+        life = f"{c['reset_interval'][0] * c['inner_updates']:,}"
+        return [of, len(c["tasks"]), f"{c['num_units']}{units}, {c['num_envs']}", life, c["meta_steps"], 1, test]
+
+    paper = "the loss after 4 updates|6|512, 1|288 to 2,304|585|96|512 environments, 30,000,000 steps".split("|")
+    names = (
+        "meta-gradient of|worlds|units of each, environments of one|updates in a unit's life|meta-steps|meta-runs|test"
+    )
+    columns = zip(names.split("|"), paper, *map(column, ("paper", "gradient", "meta_train_raw")))
+    return markdown(" | paper | --preset paper | --preset gradient | the earlier default", *columns)
+
+
+def estimators():
+    def line(title, folder, optimizer="optim4rl"):
+        both = (mean_ratio(measured(folder), TESTED, optimizer, HAND[:1], name) for name in ("area", "final"))
+        return [title, *both]
+
+    return markdown(
+        "learned from | return, whole run | return, last fifth",
+        line("whole lives (nres): the earlier default", "meta_train_raw"),
+        line("the paper's gradient: --preset gradient", "gradient"),
+        line("the paper's gradient, units of 16 environments", "short_horizon"),
+        line("whole lives (pes), one world, from small steps", "pes"),
+        *(line(f"not learned: {name}", "meta_train_raw", name) for name in BASELINES),
+    )
+
+
+def short_horizon():
+    lines = []
+    for task in WORLDS[:2]:
+        names = itertools.product(("meta_loss", "episode_return"), (80, 280))
+        lines.append([task, *(number(mean_of_log("short_horizon", f"{task}/{name}", at, 20)) for name, at in names)])
+    return markdown("units of | meta-loss, meta-steps 80 to 99 | 280 to 299 | return, 80 to 99 | 280 to 299", *lines)
+
+
+def truncation():
+    ends, told = measured("truncation/ends"), measured("truncation/told")
+    lines = [[*pair, *(cell(rows[pair], name) for name in ("area", "final") for rows in (ends, told))] for pair in ends]
+    header = "task | optimizer | whole run, a true end | told | last fifth, a true end | told"
+    return markdown(header, *lines)
+
+
+def pendulum_units():
+    mean = lambda folder, at: number(mean_of_log(folder, "inverted_pendulum/episode_return", at, 12))
+    learned = ["meta-trained", *(mean("pendulum_meta", at) for at in (12, 24, 36, 84))]
+    held = ["optimizer held as it was", *(mean("pendulum_control", at) for at in (12, 24, 36)), "not run"]
+    return markdown("return in meta-steps | 12 to 23 | 24 to 35 | 36 to 47 | 84 to 95", learned, held)
+
+
+def ablations():
+    lines = {}
+    for row in read_csv("ablations/results.csv"):
+        base = row["base"] == "1"
+        what = ("base", "") if base else (row["ablation"], NAMES.get(row["value"], row["value"]))
+        area = span(*statistics.interval(np.array(row["areas"].split(), float)))
+        final = span(*(float(row[f"final{end}"]) for end in ("", "_low", "_high")))
+        lines[what] = [*what, row["meta_steps"], row["alpha"], area, final]
+    header = "what is changed | value | meta-steps | alpha | return, whole run | return, last fifth"
+    return markdown(header, *lines.values())
+
+
+def gated_scores():
+    chosen = "keep and alpha chosen on them"
+    groups = {"the paper's six worlds": (WORLDS[:6], f"four learned from, {chosen}")}
+    groups |= {
+        "its four big worlds": (BIG, f"two learned from, {chosen}"),
+        "two of them: big_sparse_*": (BIG[:2], chosen),
+    }
+    groups |= {"small_sparse_*": (WORLDS[6:8], "no"), "catch": (WORLDS[8:], "no")}
+    groups |= {"the paper's four robots": (ROBOTS, chosen), "three more robots": (MORE_ROBOTS, "no")}
+    lines, rows = [], beside_gated_adam()
+    for title, (tasks, used) in groups.items():
+        gated = [score(rows, tasks, "gated_adam", name) for name in ("area", "final")]
+        lines.append([title, used, *gated, *(score(rows, tasks, name) for name in GATED[1:])])
+    return markdown(f"tasks | used before? | gated_adam | its last fifth | {' | '.join(GATED[1:])}", *lines)
+
+
+def gated_mean_ratios():
+    groups = {"the paper's six worlds": WORLDS[:6], "its four big worlds": BIG, "the paper's four robots": ROBOTS}
+    means = lambda tasks: [mean_ratio(beside_gated_adam(), tasks, name, BASELINES) for name in GATED]
+    return markdown(f"tasks | {' | '.join(GATED)}", *([title, *means(tasks)] for title, tasks in groups.items()))
+
+
+def gated_gates():
+    """exp(o1), which the 20 numbers give, for a matrix of 64 inputs and 8 outputs at age 100, with m^2 / v = .1 and v = mean v."""
+    with np.load(runs.ROOT / "weights/gated_adam.npz") as file:
+        kernel, bias = file["kernel"][0], file["bias"][0]
+
+    def step(signal=0.1, size=1.0, vector=0, fan_in=64, fan_out=8, age=100):
+        ratios = [np.log(signal + 1e-4) / 5, np.log(size + 1e-8) / 10]
+        shape = [vector, np.log(fan_in / 64) / 2, np.log(fan_out / 8) / 2]
+        return np.exp(kernel @ [*ratios, *shape, *np.exp(-min(age, 500) / np.array([10, 100, 1000]))] + bias)
+
+    sweeps = {"age, in updates": ("age", (1, 10, 50, 100, 250, 500)), "m^2 / v": ("signal", (0.001, 0.01, 0.1, 1))}
+    sweeps |= {"v / mean v": ("size", (0.01, 1, 100)), "inputs of the matrix": ("fan_in", (16, 64, 144, 1200))}
+    sweeps |= {"0: matrix, 1: vector": ("vector", (0, 1))}
+    steps = lambda name, values: ", ".join(f"{value:g}: {step(**{name: value}):.2f}" for value in values)
+    lines = [[title, steps(name, values)] for title, (name, values) in sweeps.items()]
+    return markdown("what changes | its value: the step / alpha", *lines)
+
+
+def drift_of(figure):
+    counts, edges = read_histograms(RESULTS / figure)
+    return span(*statistics.interval([drift(life, edges) for life in counts]))
+
+
+def brax_ppo():
+    lines = []
+    for folder in ("brax_ppo_paper", "brax_ppo_ant"):
+        task = read_json(f"{folder}/config.json")["config"]["task"]
+        for row in read_json(f"{folder}/results.json"):
+            returns = [span(*statistics.interval(row[name])) for name in ("final_runs", "whole_runs")]
+            lines.append([task, row["steps"], row["seeds"], row["trainer"], *returns, number(row["steps_per_second"])])
+    return markdown("robot | steps | seeds | trainer | last evaluation | mean of all | steps/s", *lines)
+
+
+def optimizer_speed():
+    rows = {}
+    for row in read_json("speed/optimizers.json")["rows"]:
+        name, kind = row["name"].split(", ")
+        rows.setdefault(name, {})[kind] = row["value"]
+    adam = rows["adam"]["forward"]
+    cells = lambda kinds: [f"{kinds[k]:.1f}" if k in kinds else "" for k in ("forward", "meta-gradient")]
+    lines = [[name, *cells(kinds), f"{kinds['forward'] / adam:.0f}"] for name, kinds in rows.items()]
+    return markdown("optimizer | update, ms | in a meta-gradient, ms | update / Adam's", *lines)
+
+
+def meta_seeds(folder):
+    """{name: function} of what experiments/meta_seeds.py wrote into a folder."""
+    read = lambda: read_json(f"{folder}/summary.json")
+    mean = lambda label: float(np.mean(list(read()["ratios"][label].values())))
+    over = lambda name: span(*(read()["over_meta_seeds"][name][f"score{end}"] for end in ("", "_low", "_high")))
+    others = lambda: [label for label in read()["ratios"] if not label.startswith("meta-seed")]
+
+    def above():
+        return f"{read()['above_1']['all tasks']} of {len(read()['over_meta_seeds']['all tasks']['score_runs'])}"
+
+    def unseen():
+        seeds = [label.split()[1] for label in read()["ratios"] if label.startswith("meta-seed")]
+        seen = read_json(f"{folder}/meta_runs/{seeds[0]}/config.json")["config"]["tasks"]
+        return ", ".join(f"{over(task)} on {task}" for task in read()["better_baseline"] if task not in seen)
+
+    def best_variant():
+        best = max((label for label in others() if not label.startswith("untrained")), key=mean)
+        return f"{best} {number(mean(best))}"
+
+    def single():
+        """What one meta-run prints: 95% of the scores of all meta-runs, their and the baselines' agents drawn again."""
+        areas = {}
+        for row in read_csv(f"{folder}/agents.csv"):
+            areas.setdefault((row["task"], row["optimizer"]), []).append(float(row["area"]))
+        random, better, drawn = np.random.default_rng(0), read()["better_baseline"], []
+        draw = lambda pair: random.choice(areas[pair], len(areas[pair]))
+        for label in [label for label in read()["ratios"] if label.startswith("meta-seed")] * 200:
+            ratios = [draw((task, label)) / statistics.iqm(draw((task, name))) for task, name in better.items()]
+            drawn.append(statistics.iqm(np.concatenate(ratios)))
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return f"{number(low)} to {number(high)}"
+
+    def table():
+        columns = ["all tasks", *read()["better_baseline"]]
+        lines = [[x, *map(number, (mean(x), *read()["ratios"][x].values()))] for x in others()]
+        return markdown(f"optimizer | {' | '.join(columns)}", ["optim4rl, over meta-runs", *map(over, columns)], *lines)
+
+    untrained = lambda: number(next(mean(label) for label in others() if label.startswith("untrained")))
+    functions = dict(score=lambda: over("all tasks"), above=above, unseen=unseen, untrained=untrained)
+    return functions | dict(best_variant=best_variant, single=single, table=table)
+
+
+CONTENTS = {
+    "protocol": protocol,
+    "paper_full": lambda: per_task(measured("paper"), WORLDS, ("optim4rl", *HAND)),
+    "paper_score": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1]),
+    "paper_score_final": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
+    "earlier_ratio": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "optim4rl", HAND[:1]),
+    "earlier_ratio_rmsprop": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
+    "earlier_at_512": lambda: per_task(beside_gated_adam(), (*TESTED, BIG[0]), ("optim4rl", *HAND)),
+    "estimators": estimators,
+    "short_horizon": short_horizon,
+    "truncation": truncation,
+    "robot_pendulum": lambda: per_pair(measured("pendulum"), {"return without noise": "deterministic"}),
+    "robots": lambda: per_pair(measured("transfer")),
+    "pendulum_units": pendulum_units,
+    "pendulum_meta": lambda: per_pair(measured("pendulum_meta")),
+    "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
+    "ablations": ablations,
+    "drift_a2c": lambda: drift_of("figure1"),
+    "drift_supervised": lambda: drift_of("figure5"),
+    "gated_scores": gated_scores,
+    "gated_mean_ratios": gated_mean_ratios,
+    "gated_worlds": lambda: per_task(beside_gated_adam(), WORLDS, GATED),
+    "gated_worlds_final": lambda: per_task(beside_gated_adam(), WORLDS, GATED, "final"),
+    "gated_memory": lambda: per_task(beside_gated_adam(), BIG[::2], (*BASELINES, *list(NAMES.values())[1:])),
+    "gated_robots": lambda: per_task(beside_gated_adam(), ROBOTS + MORE_ROBOTS, GATED),
+    "gated_gates": gated_gates,
+    "gated_six": lambda: score(beside_gated_adam(), WORLDS[:6], "gated_adam"),
+    "gated_four_robots": lambda: score(beside_gated_adam(), ROBOTS, "gated_adam"),
+    "brax_ppo": brax_ppo,
+    "optimizer_speed": optimizer_speed,
+    "faults": tried.faults,
+    "guests": tried.guests,
+    **{f"default_{name}": content for name, content in meta_seeds("meta_seeds").items()},
+    **{f"raw_{name}": content for name, content in meta_seeds("meta_seeds_raw").items()},
+}

@@ -1,0 +1,183 @@
+"""Experiment: how much do meta-runs of `python meta_train.py` differ, and do they beat tuned Adam and RMSProp?
+
+    python -m experiments.meta_seeds                                # 10 meta-runs of the default: 40 minutes of 2 CPU cores
+    python -m experiments.meta_seeds --inputs raw                   # the same with the paper's inputs
+    python -m experiments.meta_seeds --seeds 0 1 --out runs/two
+    python -m experiments.meta_seeds --resume runs/meta_seeds-...   # continues after any interruption
+
+A meta-seed is a whole experiment: a meta-run, then fresh agents on each test task. Its score on a task is the area under their
+return curves in units of the better baseline's. Adam and RMSProp are tuned on five seeds of their own, at optax's defaults and
+in each of agents.VARIANTS. The folder receives config.json, agents.csv (one row per reported agent), curves.npz, meta_runs/ (a folder of
+meta_train.py per meta-run), summary.json, meta_seeds.png and
+learned_step.png.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import meta_train
+from experiments import arms
+from harness import agents, plots, runs, statistics, tasks
+from harness.plots import plt
+
+GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizers: quarter decades
+
+
+@dataclass(frozen=True)
+class Config:
+    inputs: Literal[*agents.INPUTS] = "normalised"  # what the networks see
+    seeds: tuple[int, ...] = tuple(range(100, 110))  # meta-seeds; the default was chosen on others
+    variants: bool = True  # also Adam and RMSProp with other memories, bias correction and a falling step
+    tuning_seeds: int = 5  # seeds on which the hand-designed optimizers are tuned
+    devices: int | None = None  # None: as many as share the units equally, on a CPU one per core
+    out: str | None = None  # folder of this run; None: a new one under runs/
+    resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
+
+
+def meta_config(config, folder, seed):
+    """meta_train.Config of one meta-run."""
+    out = str(folder / "meta_runs" / str(seed))
+    return meta_train.Config(inputs=config.inputs, devices=config.devices, seed=seed, out=out)
+
+
+def run_all(config, folder, mesh):
+    """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, and "meta-seed S" of each meta-run."""
+    base, results = meta_train.Config(inputs=config.inputs, devices=config.devices), {}
+    all_tasks = [tasks.make(name, base.test_envs) for name in base.test_tasks]
+
+    def test(label, optimizer, rates, tuning_seeds):
+        for task in all_tasks:
+            args = (folder, task, label, optimizer, rates, base.test_seeds, mesh, base.test_steps, tuning_seeds)
+            results[task.name, label] = arms.test(*args)
+
+    hand_designed = agents.HAND_DESIGNED + (tuple(agents.VARIANTS) if config.variants else ())
+    with tqdm(hand_designed, unit="optimizer") as bar:
+        for name in bar:
+            bar.set_description(name)
+            test(name, agents.Optimizer(name), GRID, config.tuning_seeds)
+    untrained = agents.untrained(base.optimizer, jax.random.key(0), config.inputs)
+    test(untrained.name, untrained, base.test_learning_rates, agents.TUNING_SEEDS)
+    for seed in config.seeds:
+        optimizer = arms.learned(meta_config(config, folder, seed), mesh)
+        test(f"meta-seed {seed}", optimizer, base.test_learning_rates, agents.TUNING_SEEDS)
+    return results
+
+
+def summarize(results, seeds):
+    """What summary.json holds: {"better_baseline", "ratios", "alphas", "over_meta_seeds", "above_1"}."""
+    task_names, labels = (list(dict.fromkeys(names)) for names in zip(*results))
+    iqm = {pair: float(statistics.iqm(result.runs.area())) for pair, result in results.items()}
+    tuning = lambda task: lambda name: results[task, name].tuning_area
+    better = {task: max(statistics.BASELINES, key=tuning(task)) for task in task_names}
+    ratios = {label: {task: iqm[task, label] / iqm[task, better[task]] for task in task_names} for label in labels}
+    of_seeds = [ratios[f"meta-seed {seed}"] for seed in seeds]
+    scores = {"all tasks": [float(np.mean(list(ratio.values()))) for ratio in of_seeds]}
+    scores |= {task: [ratio[task] for ratio in of_seeds] for task in task_names}
+    return {
+        "better_baseline": better,
+        "ratios": ratios,
+        "alphas": {label: {task: results[task, label].alpha for task in task_names} for label in labels},
+        "over_meta_seeds": {name: statistics.measured("score", values) for name, values in scores.items()},
+        "above_1": {name: int(np.sum(np.array(values) > 1)) for name, values in scores.items()},
+    }
+
+
+def write_agents(path, results):
+    """One row per reported agent."""
+    with runs.whole_file(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["task", "optimizer", "alpha", "agent", "area", "final"])
+        for (task, label), result in results.items():
+            for i, (area, final) in enumerate(zip(result.runs.area(), result.runs.final())):
+                writer.writerow([task, label, result.alpha, i, f"{area:.6g}", f"{final:.6g}"])
+
+
+def write_curves(path, results):
+    """Learning curves of all reported agents: an array [agents, points] per TASK/OPTIMIZER, and the steps [points] of TASK."""
+    curves = {f"{task}/{label}": np.float32(result.runs.returns) for (task, label), result in results.items()}
+    with runs.whole_file(path, "wb") as file:
+        np.savez_compressed(file, **curves, **{task: result.runs.steps for (task, _), result in results.items()})
+
+
+def draw(path, summary):
+    """Scores of the meta-runs as points, those of the other optimizers as lines; a column for all tasks and one per task."""
+    columns = np.arange(len(summary["over_meta_seeds"]))
+    figure, axis = plt.subplots(figsize=(2 + 2 * len(columns), 4), layout="constrained")
+    for column, values in zip(columns, summary["over_meta_seeds"].values()):
+        points = np.full(len(values["score_runs"]), column)
+        label = "meta-runs" if column == 0 else None
+        axis.plot(points, values["score_runs"], "o", color="black", alpha=0.5, label=label)
+    for label, ratios in summary["ratios"].items():
+        if label in (*agents.HAND_DESIGNED, *agents.UNTRAINED):
+            heights, look = [np.mean(list(ratios.values())), *ratios.values()], plots.style(label)
+            axis.hlines(heights, columns - 0.3, columns + 0.3, look["color"], look["linestyle"], label=label)
+    axis.set_xticks(columns, list(summary["over_meta_seeds"]))
+    axis.set(ylabel="area / that of the better of Adam and RMSProp")
+    figure.legend(frameon=False, loc="outside right upper")
+    return plots.save(figure, path)
+
+
+def draw_steps(path, config, folder, mesh):
+    """The step that each meta-run's optimizer takes with alpha = 1 where its networks see a constant |x|: over age, over |x|."""
+    sizes, updates = np.geomspace(0.03, 3, 21), 250
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for seed in config.seeds:
+        meta_params = arms.learned(meta_config(config, folder, seed), mesh).meta_params
+        steps = plots.learned_step(
+            agents.LEARNED["optim4rl"].make(1.0, meta_params), sizes, updates
+        )  # [updates, sizes]
+        left.plot(1 + np.arange(updates), steps[:, np.searchsorted(sizes, 1.0)], color="C0", alpha=0.5)
+        for age, color in ((1, "C1"), (60, "C2"), (250, "C3")):
+            label = f"after {age} updates" if seed == config.seeds[0] else None
+            right.loglog(sizes, steps[age - 1], color=color, alpha=0.5, label=label)
+    right.loglog(sizes, sizes, color="black", linestyle=":", label="RMSProp, its start")
+    left.set(title="|x| = 1, one line per meta-run", xlabel="age in updates", ylabel="step / alpha", ylim=(0, None))
+    right.set(title="x = g / RMS(g)", xlabel="|x|", ylabel="step / alpha")
+    right.legend(frameon=False)
+    return plots.save(figure, path)
+
+
+def text(summary):
+    """The summary as text."""
+    lines = [f"{'area / that of the better of Adam and RMSProp':46}" + "  ".join(summary["better_baseline"])]
+    for label, ratios in summary["ratios"].items():
+        lines.append(f"{label:46}" + "  ".join(f"{ratio:{len(task)}.3f}" for task, ratio in ratios.items()))
+    lines.append("")
+    for name, values in summary["over_meta_seeds"].items():
+        score, low, high = (values[f"score{end}"] for end in ("", "_low", "_high"))
+        above, count = summary["above_1"][name], len(values["score_runs"])
+        lines.append(f"over meta-runs, {name:20} {score:.3f} [{low:.3f}, {high:.3f}], {above} of {count} above 1")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    config = runs.parse(Config, {}, __doc__, argv)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise runs.UsageError(f"--seeds is {','.join(map(str, config.seeds)) or 'empty'}; give different ones")
+    for seed in config.seeds:
+        runs.check_seed(seed)
+    runs.check_positive(config, ("tuning_seeds",))
+    mesh = runs.use_devices(config.devices, divides=meta_train.Config.num_units)
+
+    def body(folder):
+        results = run_all(config, folder, mesh)
+        summary = summarize(results, config.seeds)
+        write_agents(folder / "agents.csv", results)
+        write_curves(folder / "curves.npz", results)
+        with runs.whole_file(folder / "summary.json", "w") as file:
+            json.dump(summary, file, indent=1)
+        print(f"\n{text(summary)}\n\n{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
+        print(f"Pictures: {draw(folder / 'meta_seeds.png', summary)}", end=" ")
+        print(draw_steps(folder / "learned_step.png", config, folder, mesh))
+
+    arms.run("meta_seeds", config, mesh, body)
+
+
+if __name__ == "__main__":
+    runs.run(main)

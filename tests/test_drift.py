@@ -1,0 +1,151 @@
+"""Figures 1 and 5: their numbers against hand-computed ones, their files, and MNIST read from files made here."""
+
+import gzip
+import json
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import drift
+from harness import runs, tasks
+
+
+def is_png(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def write_idx(path, array):
+    data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """(IMAGES, LABELS) of forty 5 x 4 images, and the arrays: IDX files, one gzipped."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (40, 5, 4), np.uint8), random.integers(0, 10, 40).astype(np.uint8)
+    files = write_idx(tmp_path / "images.gz", images), write_idx(tmp_path / "labels", labels)
+    return files, images, labels
+
+
+def test_drift_is_the_mean_distance_of_three_point_masses():
+    edges, counts = np.arange(5.0), np.zeros((3, 4))
+    counts[0, 0], counts[1, 1], counts[2, 3] = 7, 2, 5  # distances 1, 3, 2, whatever the number of scalars
+    assert drift.drift(counts, edges) == pytest.approx(2)
+    counts[:] = [[1, 1, 0, 0], [0, 2, 0, 0], [0, 1, 1, 0]]  # half a mass moved by 1, twice; both halves by 1
+    assert drift.drift(counts, edges) == pytest.approx((0.5 + 1 + 0.5) / 3)
+
+
+def test_histogram_is_that_of_numpy_with_the_ends_taking_the_rest():
+    random = np.random.default_rng(1)
+    grads = {"a": random.normal(size=(30, 20)) * 10.0 ** random.uniform(-9, 3, (30, 20)), "b": np.zeros(5)}
+    flat = np.concatenate([x.ravel() for x in grads.values()]).astype(np.float32)
+    logs = np.clip(np.log10(np.abs(flat) + np.float32(1e-8)), -8, 2)
+    expected, _ = np.histogram(logs, drift.EDGES)
+    counts = np.asarray(drift.histogram(jax.tree.map(jnp.float32, grads)))
+    assert counts.sum() == 605 and np.abs(counts - expected).sum() <= 4  # logarithms at an edge may round either way
+
+
+def test_the_recorder_sees_the_gradient_of_the_agent_and_changes_nothing():
+    config = drift.Config(num_envs=2)
+    step, init = drift.a2c_step(config)
+    init_key, key = jax.random.split(jax.random.key(0))
+    agent_state, learner = init(init_key), tasks.make("big_dense_long", 2).learner
+    recorded, counts = step(agent_state, key)
+    grads = jax.jit(jax.grad(lambda p: learner.loss(agent_state._replace(params=p), key)[0]))(agent_state.params)
+    assert int(counts.sum()) == sum(x.size for x in jax.tree.leaves(grads))
+    assert np.abs(counts - drift.histogram(grads)).sum() <= 4  # another order of sums, at a bin's edge
+    optimizer = optax.chain(optax.clip(1.0), optax.rmsprop(1e-3))
+    plain = agent_state._replace(opt_state=optimizer.init(agent_state.params))
+    plain, _ = jax.jit(lambda a, k: learner.update(optimizer, a, k))(plain, key)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), recorded.params, plain.params)
+
+
+def test_idx_files_and_npz_files_give_the_same_digits(digits, tmp_path):
+    files, images, labels = digits
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels)
+    for source in (files, (str(tmp_path / "mnist.npz"),)):
+        x, y = drift.load_mnist(source)
+        np.testing.assert_array_equal(x, np.float32(images.reshape(40, 20) / 255))
+        np.testing.assert_array_equal(y, labels)
+
+
+FAULTS = ("missing", "truncated", "no idx", "short idx", "labels first", "one file", "short gzip", "text as npz")
+FAULTS += ("damaged npz", "text in npz", "scalar in npz")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_digits_end_with_one_line_that_names_them(digits, tmp_path, fault):
+    (first, second), images, labels = digits
+    bad = tmp_path / "bad.npz"
+    bad.write_text("not digits")
+    if fault == "truncated":
+        (tmp_path / "labels").write_bytes((tmp_path / "labels").read_bytes()[:-3])
+    if fault == "short idx":
+        (tmp_path / "labels").write_bytes(b"\0\0\x08")
+    if fault == "short gzip":
+        (tmp_path / "images.gz").write_bytes((tmp_path / "images.gz").read_bytes()[:50])
+    if fault == "damaged npz":
+        np.savez_compressed(bad, x_train=np.random.default_rng(0).integers(0, 9, (40, 99)), y_train=labels)
+        content = bytearray(bad.read_bytes())
+        content[200:260] = bytes(60)
+        bad.write_bytes(content)
+    if fault in ("text in npz", "scalar in npz"):
+        np.savez(bad, x_train=images if fault == "scalar in npz" else "digits", y_train=np.int64(3))
+    changed = {"missing": (first, "nowhere"), "no idx": (first, str(bad)), "labels first": (second, first)}
+    changed |= {"one file": (first,)} | dict.fromkeys(FAULTS[7:], (str(bad),))
+    source = changed.get(fault, (first, second))
+    with pytest.raises(runs.UsageError) as error:
+        drift.load_mnist(source)
+    assert " ".join(source) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_scikit_learn_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(runs.UsageError, match="pip install scikit-learn, or give files of MNIST"):
+        drift.load_digits()
+
+
+def test_scikit_learns_digits_are_64_shades():
+    pytest.importorskip("sklearn")
+    images, labels = drift.load_digits()
+    assert images.shape == (1797, 64) and images.min() == 0 and images.max() == 1 and set(labels) == set(range(10))
+
+
+def test_figure5_is_made_from_files_once_and_then_drawn_again(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no results/figure1 there: one panel
+    drift.main(["figure5", "--mnist", *digits[0], "--updates", "6", "--batch-size", "8", "--seeds", "2"])
+    folder = tmp_path / "results" / "figure5"
+    counts, edges = drift.read_histograms(folder)
+    assert counts.shape == (2, 3, 100) and (counts.sum(2) == 20 * 32 + 32 + 32 * 10 + 10).all()
+    low, high = sorted(drift.drift(life, edges) for life in counts)  # the interval of two seeds
+    printed = f"{(low + high) / 2:.3f} [{low:.3f}, {high:.3f}] decades"
+    assert low < high and is_png(folder / "figure5.png") and printed in capsys.readouterr().out
+    assert json.loads((folder / "config.json").read_text())["config"]["updates"] == 6
+    monkeypatch.setattr(drift, "supervised_step", None)  # not called again
+    (folder / "figure5.png").unlink()
+    drift.main(["figure5"])
+    assert is_png(folder / "figure5.png")
+    with pytest.raises(runs.UsageError, match="--updates 6, not 7"):
+        drift.main(["figure5", "--updates", "7"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["figure1", "--updates", "0"], "--updates is 0"),
+        (["figure1", "--seed", "-1"], "--seed is -1"),
+        (["figure5", "--mnist", "x"], "--mnist is x; give IMAGES LABELS"),
+    ],
+)
+def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runs.UsageError, match=message):
+        drift.main(flags)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""The texts and the results that they report: experiments/tables.py, experiments/contents.py."""
+
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import contents, meta_seeds, tables
+from harness import runs, statistics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DIGIT_IN_CONTENT = re.compile(r"(<!-- (?!end)\w+ -->[^<]*?)(\d)(?=[^<]*<!-- end -->)", re.DOTALL)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """A folder with copies of the texts under docs/ and weights/."""
+    for folder in ("docs", "weights"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.npz"))
+    return tmp_path
+
+
+def check(folder):
+    tables.main(["--check", "--texts", str(folder)])
+
+
+def test_the_texts_say_what_the_results_say():
+    check(ROOT)
+
+
+@pytest.mark.parametrize("name", ["docs/results.md", "docs/gated_adam.md", "docs/speed.md"])
+def test_a_changed_digit_is_found_and_written_back(copies, name, capsys):
+    text = (copies / name).read_text()
+    changed = DIGIT_IN_CONTENT.sub(lambda match: match[1] + str((int(match[2]) + 1) % 10), text, count=1)
+    assert changed != text
+    (copies / name).write_text(changed)
+    with pytest.raises(SystemExit, match="1"):
+        check(copies)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{name}: ") and "written" in line and "computed" in line
+    tables.main(["--texts", str(copies)])
+    assert (copies / name).read_text() == text
+    check(copies)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("It is <!-- nonsense -->1<!-- end -->.", "nonsense is unknown"),
+        ("It is <!-- gated_six -->1.", "gated_six is never closed"),
+        ("It is <!-- gated_six -->1, <!-- gated_four_robots -->2<!-- end -->.", "gated_six is never closed"),
+        ("It is\n<!-- gated_six -->1<!-- end -->.", "gated_six begins a line"),
+    ],
+)
+def test_markers_that_cannot_be_filled_are_refused(text, message):
+    with pytest.raises(runs.UsageError, match=message):
+        tables.rewritten(text, "README.md")
+
+
+def test_a_missing_result_matters_only_where_a_marker_asks_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(contents, "RESULTS", tmp_path)
+    contents.read_json.cache_clear()
+    assert tables.rewritten("No numbers. <!-- a comment of two words -->", "README.md")[1] == []
+    with pytest.raises(runs.UsageError, match="default_score needs .*summary.json, which does not exist"):
+        tables.rewritten("It is <!-- default_score -->1<!-- end -->.", "README.md")
+
+
+def test_three_seeds_show_their_range_or_no_interval():
+    row = {"seeds": 3, "area": 2.0, "area_low": 1.9, "area_high": 2.1}
+    assert contents.cell(row, "area") == "2.00"
+    assert contents.cell(row | {"area_runs": [1.0, 2.0, 3.0]}, "area") == "2.00 [1.00, 3.00]"
+
+
+def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
+    class Result:
+        alpha, tuning_area = 0.1, 1.0
+
+        def __init__(self, area):
+            self.runs = type("Runs", (), {"area": lambda self: np.full(4, area)})()
+
+    labels = {"adam": 2.0, "rmsprop": 1.0, "rmsprop_0.99": 2.4, "untrained_optim4rl": 1.8}
+    areas = {("world", label): Result(area) for label, area in labels.items()}
+    areas |= {("world", f"meta-seed {seed}"): Result(2.0 + seed / 10) for seed in range(5)}
+    summary = meta_seeds.summarize(areas, range(5))
+    monkeypatch.setattr(contents, "read_json", lambda name: summary)
+    of_seeds = contents.meta_seeds("meta_seeds")
+    mean, low, high = statistics.interval([1.0, 1.05, 1.1, 1.15, 1.2])  # in units of adam's 2.0
+    assert of_seeds["score"]() == f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    assert of_seeds["above"]() == "4 of 5"
+    assert of_seeds["untrained"]() == "0.90"
+    assert of_seeds["best_variant"]() == "rmsprop_0.99 1.20"
