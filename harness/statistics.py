@@ -11,7 +11,7 @@ BASELINES = ("adam", "rmsprop")  # designed by hand; a score is in units of the 
 
 
 def worst_if_diverged(values):
-    """The same numbers, -inf in the place of NaN."""
+    """The same numbers, with -inf for NaN."""
     values = np.asarray(values, float)
     return np.where(np.isnan(values), -np.inf, values)
 

@@ -29,7 +29,7 @@ and RMSProp.
 Example:
     import jax, optax
     import gated_adam  # in this repository: from learned_optimizers import gated_adam
-    optimizer = gated_adam.gated_adam(3e-2)  # in the place of optax.adam(3e-2)
+    optimizer = gated_adam.gated_adam(3e-2)  # instead of optax.adam(3e-2)
     params = {"w": jax.numpy.ones((2, 3))}
     grads = {"w": jax.numpy.full((2, 3), 0.1)}
     updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
