@@ -57,6 +57,15 @@ def test_learning_curves_are_read_from_several_folders_and_drawn(tmp_path):
     assert is_png(plots.learning_curves(tmp_path / "out" / "figure3.png", folders))
 
 
+def test_the_legend_names_every_curve_also_those_of_one_panel_only(tmp_path, monkeypatch):
+    first, second = write_curves(tmp_path / "a", "adam"), write_curves(tmp_path / "b", "star")
+    (second / "curves.csv").write_text((second / "curves.csv").read_text().replace("catch", "ant"))
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    plots.learning_curves(tmp_path / "c.png", [first, second])
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["adam", "star"]
+
+
 def test_each_optimizer_has_a_look_of_its_own():
     looks = {tuple(plots.style(name).values()) for name in agents.NAMES if name not in agents.VARIANTS}
     assert len(looks) == len(agents.NAMES) - len(agents.VARIANTS)

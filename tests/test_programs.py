@@ -189,6 +189,12 @@ def test_impossible_evaluations_are_refused(changes, message):
         evaluate.check(evaluate.Config(**{"optimizers": ("adam",), **changes}))
 
 
+def test_a_missing_policy_is_named_when_it_should_be_filmed(tmp_path):
+    task = tasks.Task("inverted_pendulum", None, 1, 1, 1.0, (), play=len)
+    with pytest.raises(runs.UsageError, match="no film of adam on inverted_pendulum: .*inverted_pendulum-adam-0.npz"):
+        evaluate.film(evaluate.Config(optimizers=("adam",)), tmp_path, [task])
+
+
 def test_a_finished_run_without_its_checkpoints_is_not_begun_again(whole_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole_run[0], folder)
