@@ -18,7 +18,6 @@ import csv
 import itertools
 import json
 import pathlib
-import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -118,16 +117,15 @@ def weight_files(config):
 
 def load_optimizer(name, file):
     """The agents.Optimizer of a learned optimizer and its weight file, which also says what inputs it was learned with."""
+    more = f"; {velo.SOURCES}" if name == "velo" else ""
     if file is None:
         remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
-        remedy += f"; {velo.SOURCES}" if name == "velo" else ""
-        raise runs.UsageError(f"{name} needs weights: {remedy}")
+        raise runs.UsageError(f"{name} needs weights: {remedy}{more}")
     try:
         if name == "velo" and pathlib.Path(file).suffix != ".npz":  # the published weights
             return agents.Optimizer(name, velo.load(file)[0])
         meta_params, metadata = weights.load(file, name, agents.LEARNED[name].init(jax.random.key(0)))
     except FileNotFoundError:
-        more = f"; {velo.SOURCES}" if name == "velo" else ""
         raise runs.UsageError(
             f"no weight file {file}; python meta_train.py --optimizer {name} makes one{more}"
         ) from None
@@ -174,8 +172,7 @@ def open_folder(config, optimizers):
 
 def report(config, folder, task, optimizer, mesh, stop):
     """Tunes and trains with one optimizer, under a progress bar: (agents.Tuned, further entries of its row)."""
-    # Keys depend on seed and task alone: every optimizer sees the same ones.
-    key, play_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(task.name.encode())))
+    key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
     rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
     rates = fixed_rates(config).get(optimizer.name, rates)
     store = partial(agents.kept_runs, folder, task, optimizer.name, play_key, {"config": asdict(config)})

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -255,7 +254,7 @@ def test(config, mesh, folder, learned_params):
             bar.set_description(f"testing {optimizer.name} on {name}")
             task = tasks.make(name, config.test_envs, config.ppo)
             rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
-            key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(name.encode()))
+            key = agents.task_key(config.seed, name)
             tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps, progress)
             results.add(name, optimizer.name, tuned, seen=name in config.tasks)
     with runs.whole_file(folder / "summary.json", "w") as file:

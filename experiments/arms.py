@@ -1,7 +1,6 @@
 """What the experiments share: meta-runs of meta_train.py that are made once, and agents trained with what they learned."""
 
 import pathlib
-import zlib
 from functools import partial
 
 import jax
@@ -28,7 +27,7 @@ def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tun
 
     The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
     """
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.name.encode()))
+    key = agents.task_key(seed, task.name)
     with runs.graceful_stop() as signals:
 
         def progress(part):

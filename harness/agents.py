@@ -12,6 +12,7 @@ are arguments. A new optimizer is added here: one line in LEARNED.
 
 import functools
 import itertools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -112,6 +113,11 @@ def learning_rates(optimizer, grid):
     # others' steps are about alpha: with the same alphas no agent of theirs would learn.
     is_sgd = UNTRAINED.get(optimizer.name, optimizer.name) in ("linear_optim", "l2lgd2") and optimizer.inputs == "raw"
     return [100.0 * alpha if is_sgd else alpha for alpha in grid]
+
+
+def task_key(seed, task):
+    """The key of a task by name, from which tuning and reporting seeds are drawn: the same for all optimizers."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(task.encode()))
 
 
 class Runs(NamedTuple):

@@ -40,7 +40,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-BLOCK = 2048  # scalars updated at a time on one CPU device: their gates then fit a core's cache, 3 times as fast
 P = 10.0  # of the preprocessing below: gradients smaller than e^-P = 4.5e-5 are seen as they are, times e^P
 
 
