@@ -189,16 +189,20 @@ def pendulum_units():
     return markdown("return in meta-steps | 12 to 23 | 24 to 35 | 36 to 47 | 84 to 95", learned, held)
 
 
-def ablations():
-    lines = {}
-    for row in read_csv("ablations/results.csv"):
-        base = row["base"] == "1"
-        what = ("base", "") if base else (row["ablation"], NAMES.get(row["value"], row["value"]))
-        area = span(*statistics.interval(np.array(row["areas"].split(), float)))
-        final = span(*(float(row[f"final{end}"]) for end in ("", "_low", "_high")))
-        lines[what] = [*what, row["meta_steps"], row["alpha"], area, final]
-    header = "what is changed | value | meta-steps | alpha | return, whole run | return, last fifth"
-    return markdown(header, *lines.values())
+def pipeline_toy():
+    """A line per estimator and kind of resets, a column per meta learning rate; a loss of 100 and more is one that exploded."""
+    scores = {}
+    for row in read_csv("pipeline_toy/results.csv"):
+        setting = row["estimator"], row["resets"]
+        scores.setdefault(setting, {}).setdefault(row["meta_learning_rate"], []).append(float(row["score"]))
+    shown = lambda x: number(x) if x < 100 else "> 100"
+    of_rate = lambda values: "{} [{}, {}]".format(*map(shown, statistics.interval(values)))
+    lines = [[*setting, *map(of_rate, rates.values())] for setting, rates in scores.items()]
+    return markdown(f"meta-gradient by | resets | {' | '.join(scores['gradient', 'none'])}", *lines)
+
+
+def pipeline_drift(resets):
+    return span(*statistics.interval([float(row[resets]) for row in read_csv("pipeline_drift/results.csv")]))
 
 
 def gated_scores():
@@ -325,7 +329,9 @@ CONTENTS = {
     "pendulum_units": pendulum_units,
     "pendulum_meta": lambda: per_pair(measured("pendulum_meta")),
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
-    "ablations": ablations,
+    "pipeline_toy": pipeline_toy,
+    "pipeline_drift_staggered": lambda: pipeline_drift("staggered"),
+    "pipeline_drift_synchronised": lambda: pipeline_drift("synchronised"),
     "drift_a2c": lambda: drift_of("figure1"),
     "drift_supervised": lambda: drift_of("figure5"),
     "gated_scores": gated_scores,
