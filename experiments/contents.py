@@ -152,21 +152,6 @@ def protocol():
     return markdown(" | paper | --preset paper | --preset gradient | the earlier default", *columns)
 
 
-def estimators():
-    def line(title, folder, optimizer="optim4rl"):
-        both = (mean_ratio(measured(folder), TESTED, optimizer, HAND[:1], name) for name in ("area", "final"))
-        return [title, *both]
-
-    return markdown(
-        "learned from | return, whole run | return, last fifth",
-        line("whole lives (nres): the earlier default", "meta_train_raw"),
-        line("the paper's gradient: --preset gradient", "gradient"),
-        line("the paper's gradient, units of 16 environments", "short_horizon"),
-        line("whole lives (pes), one world, from small steps", "pes"),
-        *(line(f"not learned: {name}", "meta_train_raw", name) for name in BASELINES),
-    )
-
-
 def short_horizon():
     lines = []
     for task in WORLDS[:2]:
@@ -320,14 +305,11 @@ CONTENTS = {
     "paper_score_final": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
     "earlier_ratio": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "optim4rl", HAND[:1]),
     "earlier_ratio_rmsprop": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
-    "earlier_at_512": lambda: per_task(beside_gated_adam(), (*TESTED, BIG[0]), ("optim4rl", *HAND)),
-    "estimators": estimators,
     "short_horizon": short_horizon,
     "truncation": truncation,
     "robot_pendulum": lambda: per_pair(measured("pendulum"), {"return without noise": "deterministic"}),
     "robots": lambda: per_pair(measured("transfer")),
     "pendulum_units": pendulum_units,
-    "pendulum_meta": lambda: per_pair(measured("pendulum_meta")),
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
     "pipeline_toy": pipeline_toy,
     "pipeline_drift_staggered": lambda: pipeline_drift("staggered"),
