@@ -350,7 +350,7 @@ def test_a_gradient_that_is_nan_spoils_only_its_own_scalar(cut):
 
 def run_on_cpu_devices(num_devices, program):
     """What a program prints in a process of its own that sees so many devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
