@@ -186,6 +186,29 @@ def pipeline_toy():
     return markdown(f"meta-gradient by | resets | {' | '.join(scores['gradient', 'none'])}", *lines)
 
 
+def pipeline_rl_scores():
+    """{(group or optimizer, resets or ""): [score of each meta-seed]}"""
+    scores = {}
+    for row in read_csv("pipeline_rl/results.csv"):
+        arm = tuple(row["arm"].rsplit("-", 1)) if "-" in row["arm"] else (row["arm"], "")
+        scores.setdefault(arm, []).append(float(row["score"]))
+    return scores
+
+
+def pipeline_rl():
+    """A line per way to learn, a column per kind of resets, and the ratio of the first two, paired by meta-seed."""
+    scores, lines = pipeline_rl_scores(), []
+    shown = lambda values: span(*statistics.interval(values)) if len(values) else ""
+    for group in dict.fromkeys(group for group, _ in scores):
+        staggered, synchronised, none = (scores.get((group, r), []) for r in ("staggered", "synchronised", "none"))
+        if synchronised:
+            ratio = shown(np.divide(staggered, synchronised))
+            lines.append([group, *map(shown, (staggered, synchronised, none)), ratio])
+        else:
+            lines.append([f"{group}, not learned here", shown(scores[group, ""]), "", "", ""])
+    return markdown("learned by | staggered | synchronised | none | staggered / synchronised", *lines)
+
+
 def pipeline_drift(resets):
     return span(*statistics.interval([float(row[resets]) for row in read_csv("pipeline_drift/results.csv")]))
 
@@ -312,6 +335,7 @@ CONTENTS = {
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
     "pipeline_toy": pipeline_toy,
+    "pipeline_rl": pipeline_rl,
     "pipeline_drift_staggered": lambda: pipeline_drift("staggered"),
     "pipeline_drift_synchronised": lambda: pipeline_drift("synchronised"),
     "drift_a2c": lambda: drift_of("figure1"),

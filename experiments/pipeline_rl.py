@@ -9,7 +9,7 @@ An arm is one way to meta-train Optim4RL with normalised inputs on small_dense_s
 its meta learning rate is constant, as in the paper, or falls to 0, and the resets: staggered (pipeline training), synchronised
 (the same lives, but all units are of the same age at any time) or none (one life of 2,000 updates). gradient_constant_32 looks
 32 updates ahead, not 4. A meta-run's score is the area under the return curve of fresh agents, which live for 250 updates, in
-units of tuned RMSProp's. All optimizers are tuned over five alphas.
+units of tuned RMSProp's. All optimizers are tuned over nine alphas.
 
 Written before the runs. nres judges whole lives. So staggered and synchronised should be level within 3% where the rate
 falls to 0, since a whole cycle of ages is averaged; with a constant rate synchronised should be at least 5% worse. Without
@@ -58,6 +58,7 @@ ARMS = tuple(
     if resets != "none" or group in ("nres_falling", "gradient_constant")
 )
 AGES = (1, 60, 250)
+ALPHAS = (1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6)  # among which every optimizer is tuned
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run_all(config, folder, mesh):
     task = tasks.make("small_dense_short", base.test_envs)
 
     def test(label, optimizer, seed):
-        args = (folder, task, f"{label}-{seed}", optimizer, base.test_learning_rates, config.test_agents, mesh)
+        args = (folder, task, f"{label}-{seed}", optimizer, ALPHAS, config.test_agents, mesh)
         results[label, seed] = arms.test(*args, config.test_steps, seed=seed), None
 
     references = [
