@@ -25,7 +25,7 @@ from typing import Literal
 import jax
 from tqdm import tqdm
 
-from harness import agents, films, plots, runs, statistics, tasks, weights
+from harness import agents, films, kept, plots, runs, statistics, stops, tasks, weights
 from learned_optimizers import velo
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz
@@ -49,6 +49,8 @@ class Config:
     ppo: PPOSettings = "small"  # PPO's settings
     seed: int = 0  # of everything
     devices: int | None = None  # None: all, on a CPU one per core
+    checkpoint_every: float = kept.SECONDS  # seconds between saves of the agents under way
+    time_limit: float | None = None  # seconds after which it saves and ends with status 0; None: no limit
     out: str | None = None  # folder of this run; None: a new one under runs/
     resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
     render: bool = False  # film an episode of each robot and optimizer, as HTML
@@ -75,7 +77,7 @@ def check(config):
         if not value or len(set(value)) < len(value):
             raise runs.UsageError(f"{flag} is {','.join(value) or 'empty'}; name at least one, each once")
     runs.check_seed(config.seed)
-    runs.check_positive(config, ("seeds", "steps", "learning_rate", "num_envs"))
+    runs.check_positive(config, ("seeds", "steps", "learning_rate", "num_envs", "checkpoint_every", "time_limit"))
     fixed_rates(config)
     if config.render and not set(config.tasks) & set(tasks.ROBOTS):
         names = ", ".join(tasks.ROBOTS)
@@ -175,20 +177,20 @@ def report(config, folder, task, optimizer, mesh, stop):
     key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
     rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
     rates = fixed_rates(config).get(optimizer.name, rates)
-    store = partial(agents.kept_runs, folder, task, optimizer.name, play_key, {"config": asdict(config)})
+    metadata = {"config": asdict(config)}
+    store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, metadata, config.checkpoint_every)
     bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
     with tqdm(total=100, desc=f"{task.name} {optimizer.name}", bar_format=bar_format) as bar:
 
         def progress(part):
             bar.update(min(100 * part, 100 - bar.n))
-            if stop:  # Ctrl-C or SIGTERM; only the runs under way are lost
-                print(f"\nstopped; finished runs are kept; {runs.how_to_resume('evaluate.py', folder)}")
+            if stop:
                 raise SystemExit(128 + stop[0])
 
         result = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, progress, store)
     more = {}
     if task.play:
-        values = agents.deterministic_returns(folder, task.name, optimizer.name, result.alpha, config.seeds)
+        values = kept.deterministic_returns(folder, task.name, optimizer.name, result.alpha, config.seeds)
         more = statistics.measured("deterministic", values)
     return result, more
 
@@ -220,7 +222,7 @@ def film(config, folder, all_tasks):
     """An HTML file of one episode of the first reported robot of each optimizer."""
     for task, optimizer in itertools.product([task for task in all_tasks if task.play], config.optimizers):
         try:
-            params, stats, metadata = agents.load_policy(agents.policy_path(folder, task.name, optimizer, 0))
+            params, stats, metadata = kept.load_policy(kept.policy_path(folder, task.name, optimizer, 0))
         except (OSError, ValueError) as error:
             raise runs.UsageError(f"no film of {optimizer} on {task.name}: {error}") from None
         path = folder / f"{task.name}-{optimizer}.html"
@@ -233,9 +235,9 @@ def main(argv=None):
     config = runs.parse(Config, PRESETS, __doc__, argv)
     mesh = runs.use_devices(config.devices)
     all_tasks, optimizers = check(config)
-    with runs.graceful_stop() as stop:
+    with stops.graceful_stop(config.time_limit) as stop:
         folder = open_folder(config, optimizers)
-        with runs.only_one(folder):
+        with runs.only_one(folder), stops.told(runs.how_to_resume("evaluate.py", folder)):
             print(
                 f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}"
             )

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import evolution
 import pipeline
-from harness import agents, checkpoints, metrics, plots, runs, statistics, tasks, weights
+from harness import agents, checkpoints, metrics, plots, runs, statistics, stops, tasks, weights
 
 Preset, Estimator = Literal["quick", "gradient", "paper", "gated_adam", "pendulum"], Literal["gradient", "nres", "pes"]
 TESTED = ("small_dense_short", "small_dense_long", "small_sparse_short")
@@ -168,7 +168,6 @@ def learn(config, mesh, folder):
             f"the last {metrics.WINDOW}; those meta-steps changed nothing; the weights are in {folder}/optimizer.npz"
         )
     if signal:
-        print(f"stopped and saved after {int(state.step)} meta-steps; {runs.how_to_resume('meta_train.py', folder)}")
         raise SystemExit(128 + signal)
     return kept(config, state.meta_params), log.rows
 
@@ -180,7 +179,7 @@ def advance(config, meta_step, state, log, save):
     """
     saved, steps = time.monotonic(), range(int(state.step), config.meta_steps)
     progress = {"unit": "meta-step", "dynamic_ncols": True, "disable": not runs.is_first_process()}
-    with runs.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **progress) as bar:
+    with stops.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **progress) as bar:
         for step in steps:
             state, step_metrics = meta_step(state)
             log.add(step, step_metrics)
@@ -328,7 +327,7 @@ def main(argv=None):
         runs.usage(pipeline.check, settings, mesh.devices.size)
     folder = runs.open_folder("meta_train", config)
     say = print if runs.is_first_process() else lambda text: None
-    with runs.only_one(folder):
+    with runs.only_one(folder), stops.told(runs.how_to_resume("meta_train.py", folder)):
         units = f"{config.num_units} units each of {', '.join(config.tasks)}"
         say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {units}; results in {folder}")
         say(f"{config.optimizer} with {config.inputs} inputs by {config.estimator}; the paper's: --preset gradient")

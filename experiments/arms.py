@@ -6,7 +6,7 @@ from functools import partial
 import jax
 
 import meta_train
-from harness import agents, plots, runs, weights
+from harness import agents, kept, plots, runs, stops, weights
 
 
 def learned(config, mesh):
@@ -28,27 +28,24 @@ def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tun
     The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
     """
     key = agents.task_key(seed, task.name)
-    with runs.graceful_stop() as signals:
+    with stops.graceful_stop() as signals:
 
         def progress(part):
-            if signals:  # only the agents under way are lost
+            if signals:
                 raise SystemExit(128 + signals[0])
 
         rates = agents.learning_rates(optimizer, rates)
-        store = partial(agents.kept_runs, folder, task, label, None, {})
+        store = partial(kept.kept_runs, folder, task, label, None, {}, kept.SECONDS)
         return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, progress, store, tuning_seeds)
 
 
-def run(name, config, mesh, body):
-    """Calls body(folder) in the folder of an experiment, new or resumed. After a signal it says how to continue."""
+def run(name, config, mesh, body, time_limit=None):
+    """Calls body(folder) in the folder of an experiment, new or resumed. After a signal, or time_limit seconds, it says how to continue."""
     folder = runs.open_folder(name, config)
     for part in ("runs", "meta_runs"):
         (folder / part).mkdir(exist_ok=True)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; results in {folder}")
-    try:
-        with runs.only_one(folder), runs.graceful_stop():  # what begins after a signal ends at once
-            return body(folder)
-    except SystemExit as stop:
-        if isinstance(stop.code, int):  # a signal; a meta-run that lost its meta-gradient has words of its own
-            print(f"\nstopped; {runs.how_to_resume(f'-m experiments.{name}', folder)}")
-        raise
+    how_to_resume = runs.how_to_resume(f"-m experiments.{name}", folder)
+    # What begins after a signal ends at once.
+    with runs.only_one(folder), stops.told(how_to_resume), stops.graceful_stop(time_limit):
+        return body(folder)

@@ -1,19 +1,13 @@
-"""Fresh agents: trained side by side with any optimizer, tuned like every other, kept on disk so that no run is made twice.
+"""Fresh agents: trained side by side with any optimizer, and tuned like every other.
 
 Many runs of one optimizer on a task of tasks.py share one compiled program, in which learning rate, seed and meta-parameters
-are arguments. A new optimizer is added here: one line in LEARNED.
-
-| file in a run's folder | holds | shape |
-|---|---|---|
-| runs/TASK-OPTIMIZER-PHASE-ALPHA-RUN.npz | curves: sums of episode returns, numbers of episodes, 1 while the agent is finite | [3, K] |
-| | deterministic: returns of episodes without noise (a robot's reported runs) | [128] |
-| policies/TASK-OPTIMIZER-RUN.npz | policy/layer_0/kernel ..., obs_stats/mean ...: what tasks.play needs | [in, out], [D] |
+are arguments. A store of kept.py saves them. A new optimizer is added here: one line in LEARNED.
 """
 
 import functools
 import itertools
+import time
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +17,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 import optim4rl
-import ppo
-from harness import runs, statistics, tasks, weights
+from harness import statistics, tasks
+from harness.kept import Store
 from learned_optimizers import gated_adam, l2lgd2, linear_optim, star, velo
 
 # Learned optimizers, each a LearnedOptimizer: init(key), make(learning_rate, meta_params)
@@ -52,7 +46,6 @@ RECURRENT = ("optim4rl", "linear_optim", "l2lgd2")  # networks that see the grad
 INPUTS = ("normalised", "raw")
 TUNING_SEEDS = 2
 POINTS = 50  # of a learning curve
-POLICY_KIND = "ppo-policy"
 
 
 class Optimizer(NamedTuple):
@@ -141,14 +134,6 @@ class Tuned(NamedTuple):
     tuning_area: float  # mean area with that alpha on the tuning seeds; NaN where there was nothing to tune
 
 
-class Store(NamedTuple):
-    """Where finished runs are kept: a pair of functions, by default of a store that keeps nothing."""
-
-    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [3, K], or None: not run yet
-    # Called when a run is finished; the agent comes without its environments and its optimizer's state.
-    save: Callable = lambda run, alpha, curves, agent: None
-
-
 @functools.cache
 def _compiled(task, rule, mesh, updates):
     """Jitted (init, advance) of many runs of one optimizer, sharded over the mesh; advance makes `updates` inner updates."""
@@ -199,31 +184,57 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
     init, advance = _compiled(task, rule, mesh, updates)
     finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
     finished = [curves if np.shape(curves) == (3, points) else None for curves in finished]
-    left = np.array([run for run, curves in enumerate(finished) if curves is None], int)
+    left = {run for run, curves in enumerate(finished) if curves is None}
     progress(1 - len(left) / len(alphas))
-    for group in _groups(left, len(alphas), mesh):
-        run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
-        agents = init(optimizer.meta_params, run_alphas, run_keys)
-        curves = np.zeros((len(group), 3, points))
-        for point in range(points):
-            agents, curves[:, :, point] = advance(optimizer.meta_params, run_alphas, run_keys, agents, point)
-            progress(len(set(group)) / len(alphas) / points)
-        learned = jax.device_get(agents._replace(opt_state=(), env_state=()))
-        for i, run in enumerate(group):
-            if finished[run] is None:
+    for group in _groups(len(alphas), mesh):
+        if new := left & set(group.tolist()):
+            which = np.stack([group, np.asarray(alphas, float)[group]])
+            run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
+            begin = functools.partial(init, optimizer.meta_params, run_alphas, run_keys)
+            step = functools.partial(advance, optimizer.meta_params, run_alphas, run_keys)
+            share = lambda n: progress(n * len(new) / len(alphas) / points)
+            learned, curves = _live(begin, step, which, points, mesh, share, store)
+            for run in new:
+                i = group.tolist().index(run)
                 finished[run] = curves[i]
-                store.save(int(run), float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
+                store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
+            store.forget()
+            left -= new
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
     return Runs(env_steps, mean_returns(*np.stack(finished, axis=1)))
 
 
-def _groups(left, num_runs, mesh):
-    """The runs that are left, [L] of num_runs, in groups that run side by side: [G, S], the last filled up with repetitions."""
-    # A CPU is fastest with one run per device, and all groups share one compiled program; an accelerator takes all at
-    # once, and the same number after a resume, when fewer are left: their arithmetic is that of one program.
+def _live(begin, step, which, points, mesh, progress, store):
+    """The whole life of a group of agents, from where the store has it: (agents without environments, curves [S, 3, K])."""
+    curves = np.zeros((which.shape[1], 3, points))
+    like = (jax.eval_shape(begin), curves, np.array(0))
+    if kept := store.resume(which, like):
+        agents, curves, first = kept
+        agents = jax.device_put(agents, jax.NamedSharding(mesh, PartitionSpec("units")))
+    else:
+        agents, first = begin(), np.array(0)
+    progress(int(first))
+    saved = time.monotonic()
+    for point in range(int(first), points):
+        agents, curves[:, :, point] = step(agents, point)
+        keep = functools.partial(store.keep, which, (agents, curves, np.array(point + 1)))
+        if time.monotonic() - saved > store.seconds:
+            keep()
+            saved = time.monotonic()
+        try:
+            progress(1)
+        except SystemExit:  # the run is stopped
+            keep()
+            raise
+    return jax.device_get(agents._replace(opt_state=(), env_state=())), curves
+
+
+def _groups(num_runs, mesh):
+    """The runs in groups that run side by side, [G, S], the last filled up with repetitions; after a resume the same groups."""
+    # A CPU is fastest with one run per device, and all groups share one compiled program; an accelerator takes all at once.
     per_device = 1 if _on_cpu(mesh) else -(-num_runs // mesh.devices.size)
     size = mesh.devices.size * per_device
-    return np.resize(left, (-(-len(left) // size), size))
+    return np.resize(np.arange(num_runs), (-(-num_runs // size), size))
 
 
 def _on_cpu(mesh):
@@ -274,76 +285,3 @@ def tuned(
         best, area = rates[chosen], float(areas[chosen])
     runs_ = run("report", np.full(num_seeds, best), jax.random.split(report_key, num_seeds))
     return Tuned(float(best), runs_, area)
-
-
-def kept_runs(folder, task, optimizer, key, metadata, phase):
-    """The Store of one optimizer on one task in a run's folder.
-
-    Args:
-        folder: pathlib.Path; runs/ and policies/ exist in it.
-        task: tasks.Task.
-        optimizer: name.
-        key: draws the first states of the deterministic episodes; the same for all runs.
-        metadata: anything JSON can hold, written into the policies' headers.
-        phase: "tuning", or "report": a robot then also plays its deterministic episodes, and its policy is kept.
-    """
-
-    def load(run, alpha):
-        arrays = read_run(folder, task.name, optimizer, phase, alpha, run)
-        return None if arrays is None else arrays.get("curves")
-
-    def save(run, alpha, curves, agent):
-        arrays = {"curves": curves}
-        if phase == "report" and task.play:
-            arrays["deterministic"] = np.asarray(task.play(agent, key))
-            header = metadata | {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
-            tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
-            weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)
-        # The record comes last: where it is, everything of its run is.
-        with runs.whole_file(_run_path(folder, task.name, optimizer, phase, alpha, run), "wb") as file:
-            np.savez(file, **arrays)
-
-    return Store(load, save)
-
-
-def _run_path(folder, task, optimizer, phase, alpha, run):
-    return folder / "runs" / f"{task}-{optimizer}-{phase}-{float(alpha)}-{run}.npz"
-
-
-def policy_path(folder, task, optimizer, run):
-    return folder / "policies" / f"{task}-{optimizer}-{run}.npz"
-
-
-def read_run(folder, task, optimizer, phase, alpha, run):
-    """{name: array} of a finished run; None if there is none, or if a crashed machine left it damaged: it is then made again."""
-    try:
-        with np.load(_run_path(folder, task, optimizer, phase, alpha, run), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except weights.UNREADABLE:
-        return None
-
-
-def deterministic_returns(folder, task, optimizer, alpha, num_runs):
-    """The mean return of each reported run's deterministic episodes: [R]."""
-    runs_ = [read_run(folder, task, optimizer, "report", alpha, run) for run in range(num_runs)]
-    return np.array([run["deterministic"].mean() for run in runs_])
-
-
-def load_policy(path):
-    """Reads a kept policy: ({"policy": layers}, ppo.ObsStats, metadata), which tasks.play takes.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, damaged, or not a chain of layers from observations to actions.
-    """
-    tree, metadata = weights.load(path, POLICY_KIND)
-    try:
-        stats = ppo.ObsStats(**tree["obs_stats"])
-        layers = [tree["policy"][f"layer_{i}"] for i in range(len(tree["policy"]))]
-        sizes = [stats.mean.shape[0], *(layer["bias"].shape[0] for layer in layers)]
-        fits = all(layer["kernel"].shape == pair for layer, pair in zip(layers, zip(sizes, sizes[1:])))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} does not fit: its arrays are not a chain of layers from observations to actions")
-    return {"policy": tree["policy"]}, stats, metadata

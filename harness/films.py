@@ -30,7 +30,7 @@ def film(name, params, obs_stats, key, title, backend="spring"):
 
     Args:
         name: robot, one of brax_env.NAMES.
-        params, obs_stats: of its ppo agent, or from agents.load_policy.
+        params, obs_stats: of its ppo agent, or from kept.load_policy.
         key: draws the first state.
         title: line of text above the picture.
         backend: physics, as in brax_env.make.

@@ -1,4 +1,4 @@
-"""A run of a program: its command line, its folder, its devices and processes, its signals, its errors in one line."""
+"""A run of a program: its command line, its folder, its devices and processes, its errors in one line."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ import os
 import pathlib
 import platform
 import shlex
-import signal
 import sys
 import time
 import typing
@@ -28,9 +27,10 @@ except ImportError:  # Windows
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+# Not of the run but of this start of it: a resumed run does not inherit them.
+OF_THIS_START = ("coordinator", "num_processes", "process_id", "time_limit")
 # What may differ between a run and its resumption: the result does not depend on it.
-FREE_FLAGS = (*PROCESS_FLAGS, "out", "resume", "devices", "checkpoint_every", "render")
+FREE_FLAGS = (*OF_THIS_START, "out", "resume", "devices", "checkpoint_every", "render")
 
 
 class UsageError(Exception):
@@ -56,7 +56,7 @@ def parse(config_class, presets, description, argv=None):
     if resume is not None:
         if beside := [flag for flag in ("--preset", "--out") if _value_of(flag, argv) is not None]:
             raise UsageError(f"{beside[0]} beside --resume: the run in {resume} has its own")
-        of_this_start = {name: value for name, value in vars(start).items() if name in PROCESS_FLAGS}
+        of_this_start = {name: value for name, value in vars(start).items() if name in OF_THIS_START}
         start = dataclasses.replace(read_config(config_class, resume), **of_this_start)
     elif preset in presets:
         start = dataclasses.replace(start, preset=preset, **presets[preset])
@@ -136,34 +136,6 @@ def run(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-
-
-_stops = []  # the list of signals of the graceful_stop that is entered, if one is
-
-
-@contextlib.contextmanager
-def graceful_stop():
-    """Within it, a first Ctrl-C or SIGTERM (a preempted job) only fills the list that it yields; a second one ends the program.
-
-    One within another yields the list of the outer one: what comes between two inner ones stops the next.
-    """
-    if _stops:
-        yield _stops[0]
-        return
-    received = []
-
-    def on_signal(number, frame):
-        signal.signal(number, before[number])
-        received.append(number)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    _stops.append(received)
-    try:
-        yield received
-    finally:
-        _stops.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def join_processes(coordinator, num_processes, process_id):

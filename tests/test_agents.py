@@ -8,7 +8,7 @@ import pytest
 
 import meta_train
 import ppo
-from harness import agents, tasks, weights
+from harness import agents, kept, tasks, weights
 from learned_optimizers import velo
 
 
@@ -50,6 +50,44 @@ def test_what_the_store_holds_is_not_run_again_and_another_shape_is(mesh):
     result = agents.train(task, agents.Optimizer("adam"), [1e-3] * 3, keys, mesh, steps=800, store=store)
     assert saved == [1, 2] and result.returns.shape == (3, 10)
     np.testing.assert_array_equal(result.returns[0], 1.0)
+
+
+class Stop(SystemExit):
+    pass
+
+
+@pytest.mark.parametrize("change", ["nothing", "other runs", "damaged"])
+def test_agents_under_way_continue_where_they_were_kept(mesh, tmp_path, change):
+    """To the same bits; a group of other runs, or a damaged file, is not taken, and the runs are made again."""
+    task, keys, calls = tasks.make("catch", 4), jax.random.split(jax.random.key(0), 3), []
+
+    def train(alphas, stop_after):
+        def progress(part):
+            calls.append(part)
+            if len(calls) > stop_after:
+                raise Stop
+
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        store = kept.kept_runs(tmp_path, task, "adam", None, {}, 1e9, "report")
+        return agents.train(task, agents.Optimizer("adam"), alphas, keys, mesh, 800, progress, store)
+
+    alphas = [1e-3, 1e-2, 1e-2]
+    expected = agents.train(task, agents.Optimizer("adam"), alphas, keys, mesh, 800)
+    with pytest.raises(Stop):
+        train(alphas, 6)  # after the start, the group's start, and 5 of its 10 points
+    (under_way,) = (tmp_path / "runs").iterdir()
+    if change == "damaged":
+        content = bytearray(under_way.read_bytes())
+        content[len(content) // 2] ^= 1
+        under_way.write_bytes(content)
+    if change == "other runs":
+        alphas = [1e-2, 1e-3, 1e-2]
+        expected = agents.train(task, agents.Optimizer("adam"), alphas, keys, mesh, 800)
+    calls.clear()
+    np.testing.assert_array_equal(train(alphas, 99).returns, expected.returns)
+    np.testing.assert_allclose(sum(calls), 1, rtol=1e-6)
+    assert max(calls) > 0.3 if change == "nothing" else max(calls) < 0.1  # of 3 runs, half of 2 at once
+    assert not under_way.exists() and len(list((tmp_path / "runs").glob("*.npz"))) == 3
 
 
 def test_agents_of_one_run_share_no_random_numbers():
@@ -118,11 +156,11 @@ def test_a_unit_s_planned_steps_count_those_of_its_agent():
 def test_a_policy_comes_back_and_what_is_none_is_refused(tmp_path):
     stats = ppo.init_obs_stats(3)._asdict()
     layers = ppo.init_mlp(jax.random.key(0), (3, 4, 2))
-    weights.save(tmp_path / "a.npz", {"policy": layers, "obs_stats": stats}, {"task": "ant"}, agents.POLICY_KIND)
-    params, found, metadata = agents.load_policy(tmp_path / "a.npz")
+    weights.save(tmp_path / "a.npz", {"policy": layers, "obs_stats": stats}, {"task": "ant"}, kept.POLICY_KIND)
+    params, found, metadata = kept.load_policy(tmp_path / "a.npz")
     jax.tree.map(np.testing.assert_array_equal, (params["policy"], found._asdict()), (layers, stats))
     assert metadata == {"task": "ant"}
     wrong = {"layer_0": layers["layer_1"], "layer_1": layers["layer_0"]}
-    weights.save(tmp_path / "b.npz", {"policy": wrong, "obs_stats": stats}, {}, agents.POLICY_KIND)
+    weights.save(tmp_path / "b.npz", {"policy": wrong, "obs_stats": stats}, {}, kept.POLICY_KIND)
     with pytest.raises(ValueError, match="not a chain of layers"):
-        agents.load_policy(tmp_path / "b.npz")
+        kept.load_policy(tmp_path / "b.npz")

@@ -16,7 +16,7 @@ import brax_env
 import evaluate
 import meta_train
 import optim4rl
-from harness import agents, runs, tasks, weights
+from harness import agents, kept, runs, tasks, weights
 from learned_optimizers import velo
 
 
@@ -77,28 +77,50 @@ def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice
     flags = "--tasks catch,inverted_pendulum --optimizers adam --learning-rate 1e-3,1e-2 --seeds 3 --steps 3e4"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
-    process, kept = start("evaluate.py", f"{flags} --out {killed}"), killed / "runs"
-    while len(list(kept.glob("catch-*.npz")) if kept.exists() else ()) < 3:
+    process, records = start("evaluate.py", f"{flags} --out {killed}"), killed / "runs"
+    while len(list(records.glob("catch-*.npz")) if records.exists() else ()) < 3:
         assert process.poll() is None, process.communicate()
     process.kill()
     process.communicate()
-    before = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
+    before = {path.name: path.stat().st_mtime_ns for path in records.glob("*.npz")}
     code, out, err = finish("evaluate.py", f"--resume {killed} --render")
     assert code == 0, err
     film = (killed / "inverted_pendulum-adam.html").read_text()
     assert "<canvas" in film and not re.search(r"https?://|<link|<script[^>]+src", film)  # opens without a network
     for name in ("summary.json", "curves.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    assert all((kept / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert all((records / name).stat().st_mtime_ns == time for name, time in before.items())
     assert "return without noise" in out
 
-    params, obs_stats, metadata = agents.load_policy(killed / "policies" / "inverted_pendulum-adam-0.npz")
+    params, obs_stats, metadata = kept.load_policy(killed / "policies" / "inverted_pendulum-adam-0.npz")
     returns = tasks.play(brax_env.make(metadata["task"]), params, obs_stats, jax.random.key(0), 8)
     assert metadata["optimizer"] == "adam" and np.all(np.asarray(returns) > 0)
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes((killed / "policies" / "inverted_pendulum-adam-0.npz").read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
-        agents.load_policy(damaged)
+        kept.load_policy(damaged)
+
+
+def test_an_evaluation_killed_or_out_of_time_inside_a_run_continues_to_the_same_bits(tmp_path):
+    flags = "--tasks catch --optimizers adam --learning-rate 1e-3,1e-2 --seeds 2 --steps 6e5 --devices 1"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
+    process = start("evaluate.py", f"{flags} --checkpoint-every 1e-9 --out {broken}")
+    under_way = broken / "runs" / "catch-adam-tuning.under_way"
+    while not (under_way.exists() and list(broken.glob("runs/*-1.npz"))):
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    with np.load(under_way) as file:
+        points, which = max(file.values(), key=lambda x: int(x) if x.shape == () else -1), file["which"]
+    assert 0 < points < 50 and which.shape == (2, 1)  # in the middle of one run
+    code, out, err = finish("evaluate.py", f"--resume {broken} --time-limit 1e-9")
+    assert code == 0 and f"evaluate.py --resume {broken}" in out and "rmsprop" not in out, err
+    code, out, err = finish("evaluate.py", f"--resume {broken}")
+    assert code == 0 and "return, whole run" in out, err
+    for name in ("summary.json", "curves.csv"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(broken.glob("runs/*.under_way"))
 
 
 def test_a_stopped_evaluation_says_how_to_continue(tmp_path):
@@ -254,8 +276,8 @@ def test_velo_is_meta_trained_and_evaluated_with_its_published_file_and_its_own(
     evaluate.main(f"{flags} --out {tmp_path / 'test'}".split())
     (row,) = json.loads((tmp_path / "test" / "summary.json").read_text())
     assert row["optimizer"] == "velo" and row["alpha"] == 1.0 and -1 <= row["final"] <= 1
-    kept, own = tmp_path / "test" / "weights" / "velo.npz", tmp_path / "meta" / "optimizer.npz"  # kept: for --resume
-    for file in (kept, own):
+    copy, own = tmp_path / "test" / "weights" / "velo.npz", tmp_path / "meta" / "optimizer.npz"  # a copy for --resume
+    for file in (copy, own):
         (optimizer,) = evaluate.make_optimizers(
             evaluate.Config(optimizers=("velo",), weights=(f"velo={file}",))
         ).values()
