@@ -54,6 +54,7 @@ class Config:
     meta_decay: float = 0.0  # part of that step size at the end of the run, to which it falls linearly; 1: constant
     gru_scale: float = 0.1  # part of sigma and of that step size that the weights of GRUs get; 1: all, as in the paper
     meta_grad_clip: float = 1.0  # global norm to which the meta-gradient is clipped
+    clip_entries: bool = False  # each of its entries is clipped to that size instead
     task_grad_norm: float = 0.5  # norm to which each task's meta-gradient is rescaled; 0: not rescaled
     keep: float = 1.0  # how far the weights go from the untrained ones, 0, to those learned, 1
     alpha: tuple[float, ...] = (0.05,)  # learning rate of what is learned, for all or per task; empty: each task's own
@@ -148,7 +149,7 @@ def make_tasks(config, mesh):
 def learn(config, mesh, folder):
     """The meta-training, from the folder's newest checkpoint if it has one: (meta-parameters, the rows of metrics.csv)."""
     all_tasks = make_tasks(config, mesh)
-    clip = optax.clip_by_global_norm(config.meta_grad_clip)
+    clip = (optax.clip if config.clip_entries else optax.clip_by_global_norm)(config.meta_grad_clip)
     first, last = config.meta_learning_rate, config.meta_learning_rate * config.meta_decay
     meta_optimizer = optax.chain(clip, optax.adam(optax.linear_schedule(first, last, config.meta_steps)))
     _, run_key = jax.random.split(jax.random.key(config.seed))

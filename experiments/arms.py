@@ -23,7 +23,7 @@ def learned(config, mesh):
 
 
 def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tuning_seeds=agents.TUNING_SEEDS, seed=0):
-    """agents.Tuned of an optimizer on a task, its runs kept in the folder under a label.
+    """agents.Tuned of an optimizer on a task, its runs kept in the folder under a label; num_seeds 0: (alpha, area) of tuning.
 
     The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
     """
@@ -34,8 +34,9 @@ def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tun
             if signals:
                 raise SystemExit(128 + signals[0])
 
-        rates = agents.learning_rates(optimizer, rates)
         store = partial(kept.kept_runs, folder, task, label, None, {}, kept.SECONDS)
+        if not num_seeds:
+            return agents.tune(task, optimizer, rates, key, mesh, steps, progress, store("tuning"), tuning_seeds)
         return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, progress, store, tuning_seeds)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import pathlib
 import struct
 import zipfile
@@ -27,7 +28,7 @@ import scipy.stats
 import tyro
 from tqdm import tqdm
 
-from harness import plots, runs, statistics, tasks
+from harness import plots, runs, statistics, stops, tasks
 from harness.plots import plt
 
 PHASES = ("beginning", "middle", "end")
@@ -42,6 +43,8 @@ class Config:
     num_envs: int = 64  # figure 1: environments of the agent
     batch_size: int = 128  # figure 5: images in a batch
     learning_rate: float = 1e-3  # alpha of RMSProp
+    network: Literal["dense", "conv"] = "dense"  # figure 5: of the classifier; conv, as the paper's
+    clip: float = 1.0  # size to which each entry of a gradient is clipped; 0: not clipped, as the paper's classifier
     mnist: tuple[
         str, ...
     ] = ()  # figure 5: IMAGES LABELS (IDX files, also .gz) or one .npz; empty: scikit-learn's digits
@@ -65,10 +68,16 @@ def recorder():
     return optax.GradientTransformation(lambda params: histogram(params) * 0, update)
 
 
+def recorded(config):
+    """RMSProp behind the recorder and the clipping."""
+    clip = optax.clip(config.clip) if config.clip else optax.identity()
+    return optax.chain(recorder(), clip, optax.rmsprop(config.learning_rate))
+
+
 def a2c_step(config):
     """(step: (state, key) -> (state, histogram [B]), init: key -> state) of an A2C agent, in the paper's setting."""
     learner = tasks.make("big_dense_long", config.num_envs).learner
-    optimizer = optax.chain(recorder(), optax.clip(1.0), optax.rmsprop(config.learning_rate))
+    optimizer = recorded(config)
 
     @jax.jit
     def step(agent_state, key):
@@ -79,20 +88,32 @@ def a2c_step(config):
 
 
 def supervised_step(config):
-    """The same of a classifier: Dense 32 ReLU, as the small agents' body; cross-entropy of a random batch."""
+    """The same of a classifier: cross-entropy of a random batch. Dense 32 ReLU, as the small agents' body, before it perhaps
+    a 3 x 3 convolution with 16 features, ReLU and the mean of 2 x 2."""
     images, labels = load_mnist(config.mnist) if config.mnist else load_digits()
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    optimizer = optax.chain(recorder(), optax.clip(1.0), optax.rmsprop(config.learning_rate))
+    optimizer = recorded(config)
 
     def init(key):
         w_key, v_key = jax.random.split(key)
         uniform = jax.nn.initializers.lecun_uniform()
-        params = {"w": uniform(w_key, (images.shape[1], 32)), "b": jnp.zeros(32)}
-        params |= {"v": uniform(v_key, (32, 10)), "c": jnp.zeros(10)}
+        params = {"v": uniform(v_key, (32, 10)), "c": jnp.zeros(10), "b": jnp.zeros(32)}
+        if config.network == "conv":
+            params |= {"k": uniform(jax.random.fold_in(key, 2), (3, 3, 1, 16)), "d": jnp.zeros(16)}
+        params["w"] = uniform(w_key, (jax.eval_shape(body, params, images[:1]).shape[1], 32))
         return params, optimizer.init(params)
 
+    def body(params, x):  # [B, D] -> features [B, F]
+        if config.network == "dense":
+            return x
+        side = math.isqrt(x.shape[1])
+        x = x.reshape(len(x), side, side, 1)
+        x = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.nn.relu(x + params["d"])
+        return x.reshape(len(x), side // 2, 2, side // 2, 2, 16).mean((2, 4)).reshape(len(x), -1)
+
     def loss(params, rows):
-        logits = jax.nn.relu(images[rows] @ params["w"] + params["b"]) @ params["v"] + params["c"]
+        logits = jax.nn.relu(body(params, images[rows]) @ params["w"] + params["b"]) @ params["v"] + params["c"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
     @jax.jit
@@ -159,13 +180,22 @@ def read_idx(path):
 
 
 def make_histograms(config, folder):
-    """Collects a figure's data: histograms.npz with counts [S, 3, B], edges [B + 1]. Ctrl-C leaves no folder behind."""
+    """Collects a figure's data: histograms.npz with counts [S, 3, B], edges [B + 1]. Each finished life is kept on the way."""
     step, init = (a2c_step if config.figure == "figure1" else supervised_step)(config)
-    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
-    counts = np.stack([phase_histograms(step, init, key, config) for key in keys])
-    runs.new_folder(folder, config.figure, dataclasses.replace(config, results=None))
+    if (folder / "config.json").exists():
+        check_kept(config, folder)
+    else:
+        runs.new_folder(folder, config.figure, dataclasses.replace(config, results=None))
+    lives = [folder / f"life_{i}.npy" for i in range(config.seeds)]
+    for life, key in zip(lives, jax.random.split(jax.random.key(config.seed), config.seeds)):
+        if not life.exists():
+            counts = phase_histograms(step, init, key, config)
+            with runs.whole_file(life, "wb") as file:
+                np.save(file, counts)
     with runs.whole_file(folder / "histograms.npz", "wb") as file:
-        np.savez_compressed(file, counts=counts, edges=EDGES)
+        np.savez_compressed(file, counts=np.stack([np.load(life) for life in lives]), edges=EDGES)
+    for life in lives:
+        life.unlink()
 
 
 def phase_histograms(step, init, key, config):
@@ -175,9 +205,10 @@ def phase_histograms(step, init, key, config):
     counts = np.zeros((len(PHASES), len(EDGES) - 1), int)
     init_key, updates_key = jax.random.split(key)
     state = init(init_key)
-    for t, step_key in enumerate(
-        tqdm(jax.random.split(updates_key, config.updates), desc=config.figure, unit="update")
-    ):
+    keys = tqdm(jax.random.split(updates_key, config.updates), desc=config.figure, unit="update")
+    for t, step_key in enumerate(keys):
+        if stops.received():
+            raise SystemExit(128 + stops.received()[0])
         state, counted = step(state, step_key)
         inside = (starts <= t) & (t < starts + length)
         if inside.any():
@@ -220,27 +251,32 @@ def draw(path, panels):
 def check_kept(config, folder):
     """Raises UsageError where the folder's data were made with other values than those asked for."""
     kept = json.loads((folder / "config.json").read_text())["config"]
-    for name in ("updates", "num_envs", "batch_size", "learning_rate", "seeds", "seed"):
-        if getattr(config, name) not in (kept[name], getattr(Config, name)):
+    for name in ("updates", "num_envs", "batch_size", "learning_rate", "network", "clip", "seeds", "seed"):
+        if name in kept and getattr(config, name) not in (kept[name], getattr(Config, name)):
             value = f"{runs.flag_of(name)} {kept[name]}, not {getattr(config, name)}"
             raise runs.UsageError(f"{folder} holds data of {value}; choose another --results")
+
+
+def run(config):
+    """Makes a figure's data, where they are not there, and the picture."""
+    folder = pathlib.Path(config.results or f"results/{config.figure}")
+    if (folder / "histograms.npz").exists():
+        check_kept(config, folder)
+    else:
+        make_histograms(config, folder)
+    panels, agents_folder = {}, folder.parent / "figure1"
+    if config.figure == "figure5" and (agents_folder / "histograms.npz").exists():
+        panels["A2C on big_dense_long"] = read_histograms(agents_folder)
+    data = "MNIST" if config.mnist else "scikit-learn's digits"
+    title = "A2C on big_dense_long" if config.figure == "figure1" else f"supervised, {data}"
+    print(draw(folder / f"{config.figure}.png", panels | {title: read_histograms(folder)}))
 
 
 def main(argv=None):
     config = runs.parse(Config, {}, __doc__, argv)
     runs.check_seed(config.seed)
     runs.check_positive(config, ("updates", "num_envs", "batch_size", "learning_rate", "seeds"))
-    folder = pathlib.Path(config.results or f"results/{config.figure}")
-    if (folder / "histograms.npz").exists():
-        check_kept(config, folder)
-    else:
-        make_histograms(config, folder)
-    panels, agents_folder = {}, pathlib.Path("results/figure1")
-    if config.figure == "figure5" and (agents_folder / "histograms.npz").exists():
-        panels["A2C on big_dense_long"] = read_histograms(agents_folder)
-    data = "MNIST" if config.mnist else "scikit-learn's digits"
-    title = "A2C on big_dense_long" if config.figure == "figure1" else f"supervised, {data}"
-    print(draw(folder / f"{config.figure}.png", panels | {title: read_histograms(folder)}))
+    run(config)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
     finished = [curves if np.shape(curves) == (3, points) else None for curves in finished]
     left = {run for run, curves in enumerate(finished) if curves is None}
     progress(1 - len(left) / len(alphas))
-    for group in _groups(len(alphas), mesh):
+    for group in _groups(len(alphas), mesh, task.side_by_side):
         if new := left & set(group.tolist()):
             which = np.stack([group, np.asarray(alphas, float)[group]])
             run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
@@ -229,10 +229,10 @@ def _live(begin, step, which, points, mesh, progress, store):
     return jax.device_get(agents._replace(opt_state=(), env_state=())), curves
 
 
-def _groups(num_runs, mesh):
+def _groups(num_runs, mesh, most=None):
     """The runs in groups that run side by side, [G, S], the last filled up with repetitions; after a resume the same groups."""
     # A CPU is fastest with one run per device, and all groups share one compiled program; an accelerator takes all at once.
-    per_device = 1 if _on_cpu(mesh) else -(-num_runs // mesh.devices.size)
+    per_device = 1 if _on_cpu(mesh) else -(-min(num_runs, most or num_runs) // mesh.devices.size)
     size = mesh.devices.size * per_device
     return np.resize(np.arange(num_runs), (-(-num_runs // size), size))
 
@@ -251,6 +251,17 @@ def mean_returns(return_sums, episodes, finite):
     return np.where(finite > 0, returns, np.nan)
 
 
+def tune(
+    task, optimizer, rates, key, mesh, steps=None, progress=lambda part: None, store=Store(), tuning_seeds=TUNING_SEEDS
+):
+    """The best of some learning rates by area on a few tuning seeds: (alpha, its mean area). Arguments as in tuned and train."""
+    keys = jnp.tile(jax.random.split(jax.random.split(key)[0], tuning_seeds), len(rates))
+    result = train(task, optimizer, np.repeat(rates, tuning_seeds), keys, mesh, steps, progress, store)
+    areas = result.area().reshape(len(rates), tuning_seeds).mean(1)
+    chosen = int(np.argmax(statistics.worst_if_diverged(areas)))
+    return float(rates[chosen]), float(areas[chosen])
+
+
 def tuned(
     task,
     optimizer,
@@ -265,23 +276,15 @@ def tuned(
 ):
     """The best of some learning rates by area on a few tuning seeds, then runs with it on num_seeds fresh ones: Tuned.
 
-    A baseline runs the tuning seeds also where it has one learning rate: by them the better baseline is chosen. Arguments
-    as in train; store: phase, "tuning" or "report", -> Store.
+    A baseline runs the tuning seeds also where it has one learning rate: by them the better baseline is chosen; with no
+    tuning seeds the first rate is taken. Arguments as in train; store: phase, "tuning" or "report", -> Store.
     """
-    tuning_key, report_key = jax.random.split(key)
-    needed = len(rates) > 1 or optimizer.name in statistics.BASELINES
-    num_tuning = len(rates) * tuning_seeds if needed else 0
-
-    def run(phase, alphas, keys):
-        part = len(alphas) / (num_tuning + num_seeds)
-        share = lambda n: progress(part * n)
-        return train(task, optimizer, alphas, keys, mesh, steps, share, store(phase))
-
-    best, area = rates[0], np.nan
+    needed = tuning_seeds > 0 and (len(rates) > 1 or optimizer.name in statistics.BASELINES)
+    share = len(rates) * tuning_seeds * needed / (len(rates) * tuning_seeds * needed + num_seeds)
+    alpha, area = float(rates[0]), np.nan
     if needed:
-        keys = jnp.tile(jax.random.split(tuning_key, tuning_seeds), len(rates))
-        areas = run("tuning", np.repeat(rates, tuning_seeds), keys).area().reshape(len(rates), tuning_seeds).mean(1)
-        chosen = int(np.argmax(statistics.worst_if_diverged(areas)))
-        best, area = rates[chosen], float(areas[chosen])
-    runs_ = run("report", np.full(num_seeds, best), jax.random.split(report_key, num_seeds))
-    return Tuned(float(best), runs_, area)
+        of_tuning = lambda part: progress(share * part)
+        alpha, area = tune(task, optimizer, rates, key, mesh, steps, of_tuning, store("tuning"), tuning_seeds)
+    keys, of_report = jax.random.split(jax.random.split(key)[1], num_seeds), lambda part: progress((1 - share) * part)
+    runs_ = train(task, optimizer, np.full(num_seeds, alpha), keys, mesh, steps, of_report, store("report"))
+    return Tuned(alpha, runs_, area)

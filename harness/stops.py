@@ -39,6 +39,11 @@ def graceful_stop(time_limit=None):
             signal.signal(number, handler)
 
 
+def received():
+    """The signals that came within the graceful_stop that is entered; outside of one, none."""
+    return _stops[0] if _stops else []
+
+
 @contextlib.contextmanager
 def told(how_to_resume):
     """Around what ends by SystemExit(128 + number) after a stop: prints how to continue. A time limit is no failure: status 0."""

@@ -103,6 +103,7 @@ class Task(NamedTuple):
     learning_rates: tuple  # among which every optimizer is tuned
     # (agent, key) -> returns [EVALUATION_EPISODES] of whole episodes played without noise; None: not a robot
     play: Callable | None = None
+    side_by_side: int | None = None  # agents that an accelerator trains at once; None: all that are asked for
 
 
 class MetaDefaults(NamedTuple):
@@ -132,6 +133,7 @@ def make(name, num_envs=None, ppo_settings="small", truncation=False):
         steps,
         (3e-4, 1e-3, 3e-3, 1e-2),
         jax.jit(lambda agent, key: play(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
+        3 if ppo_settings == "paper" else None,  # minutes of an H100: a stop loses less, and memory is enough
     )
 
 

@@ -12,7 +12,7 @@ TINY_TEST = "--test-steps 4e3 --test-envs 4 --test-seeds 2 --test-learning-rates
 
 
 def start(program, flags):
-    """A process of "meta_train.py" or of "experiments.figure3", which is started as a module."""
+    """A process of "meta_train.py" or of "experiments.full_size", which is started as a module."""
     place = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
     command = [sys.executable, *place, *shlex.split(flags)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -149,3 +149,29 @@ def test_bad_flags_are_one_line_and_leave_nothing(flags, message, tmp_path, monk
     with pytest.raises(runs.UsageError, match=message):
         drift.main(flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_finished_lives_survive_a_stop_and_the_figure_is_that_of_an_undisturbed_run(tmp_path, monkeypatch):
+    config = drift.Config("figure5", updates=4, seeds=2, batch_size=8, network="conv", clip=0.0)
+    monkeypatch.setattr(
+        drift, "load_digits", lambda: (np.float32(np.random.default_rng(0).random((20, 16))), np.arange(20) % 10)
+    )
+    drift.make_histograms(config, tmp_path / "whole")
+    live, calls = drift.phase_histograms, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise SystemExit(143)
+        return live(*args)
+
+    monkeypatch.setattr(drift, "phase_histograms", stopped)
+    with pytest.raises(SystemExit):
+        drift.make_histograms(config, tmp_path / "stopped")
+    drift.make_histograms(config, tmp_path / "stopped")
+    assert len(calls) == 3  # the first life was kept
+    counts = [drift.read_histograms(tmp_path / name)[0] for name in ("whole", "stopped")]
+    np.testing.assert_array_equal(*counts)
+    assert counts[0].shape[:2] == (2, 3) and not list(tmp_path.glob("*/life_*"))
+    number = 16 * (3 * 3 + 1) + (2 * 2 * 16 + 1) * 32 + 33 * 10  # of parameters: convolution, two layers
+    assert counts[0][0, 0].sum() == number

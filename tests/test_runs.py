@@ -98,7 +98,7 @@ def test_the_recorded_command_runs_when_pasted(monkeypatch, tmp_path):
     argv = ["--test-tasks", "", "--out", "a folder/$x", "--names", "a,b"]
     for program, start in (
         (ROOT / "meta_train.py", "meta_train.py"),
-        (ROOT / "experiments/figure3.py", "-m experiments.figure3"),
+        (ROOT / "experiments/full_size.py", "-m experiments.full_size"),
     ):
         monkeypatch.setattr(sys, "argv", [str(program), *argv])
         assert shlex.split(runs.command()) == ["python", *start.split(), *argv]
