@@ -354,5 +354,4 @@ CONTENTS = {
     "faults": tried.faults,
     "guests": tried.guests,
     **{f"default_{name}": content for name, content in meta_seeds("meta_seeds").items()},
-    **{f"raw_{name}": content for name, content in meta_seeds("meta_seeds_raw").items()},
 }
