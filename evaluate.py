@@ -73,9 +73,7 @@ PRESETS = {
 
 def check(config):
     """Raises UsageError for what cannot be; returns (tasks, {name: agents.Optimizer})."""
-    for flag, value in (("--tasks", config.tasks), ("--optimizers", config.optimizers)):
-        if not value or len(set(value)) < len(value):
-            raise runs.UsageError(f"{flag} is {','.join(value) or 'empty'}; name at least one, each once")
+    runs.check_different(config, ("tasks", "optimizers"))
     runs.check_seed(config.seed)
     runs.check_positive(config, ("seeds", "steps", "learning_rate", "num_envs", "checkpoint_every", "time_limit"))
     fixed_rates(config)

@@ -293,10 +293,7 @@ def pipeline_configs(config):
 
 def check(config):
     """Raises UsageError for what cannot be, before anything is written."""
-    if not config.tasks:
-        raise runs.UsageError("--tasks is empty; name at least one")
-    if len(set(config.tasks)) < len(config.tasks):
-        raise runs.UsageError(f"--tasks is {','.join(config.tasks)}; name each task once")
+    runs.check_different(config, ("tasks",))
     for name in config.tasks + config.test_tasks:
         runs.usage(tasks.check, name, config.ppo)
     runs.check_seed(config.seed)

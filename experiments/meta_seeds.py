@@ -158,8 +158,7 @@ def text(summary):
 
 def main(argv=None):
     config = runs.parse(Config, {}, __doc__, argv)
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-        raise runs.UsageError(f"--seeds is {','.join(map(str, config.seeds)) or 'empty'}; give different ones")
+    runs.check_different(config, ("seeds",))
     for seed in config.seeds:
         runs.check_seed(seed)
     runs.check_positive(config, ("tuning_seeds",))

@@ -156,10 +156,7 @@ def draw(path, table, results):
 
 def main(argv=None):
     config = runs.parse(Config, {}, __doc__, argv)
-    for name in ("arms", "seeds"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise runs.UsageError(f"--{name} is {','.join(map(str, values)) or 'empty'}; give different ones")
+    runs.check_different(config, ("arms", "seeds"))
     for seed in config.seeds:
         runs.check_seed(seed)
     runs.check_positive(config, ("meta_steps", "test_agents", "test_steps"))

@@ -102,6 +102,15 @@ def check_positive(config, names):
                 raise UsageError(f"{flag_of(name)} is {value}; it must be positive and at most {limit:g}")
 
 
+def check_different(config, names):
+    """Raises UsageError where a tuple of the config is empty or names something twice."""
+    for name in names:
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            given = ",".join(map(str, values)) or "empty"
+            raise UsageError(f"{flag_of(name)} is {given}; name at least one, each once")
+
+
 def check_seed(seed):
     """Raises UsageError for a seed that would alias another one: JAX takes 32 bits of it."""
     if not 0 <= seed < 2**32:

@@ -72,8 +72,8 @@ def test_a_stopped_program_continues_and_runs_nothing_twice(tmp_path):
     "flags, message",
     [
         ("--seeds ,", "--seeds is empty"),
-        ("--seeds 1,1", "give different"),
-        ("--arms nres_falling-none nres_falling-none", "give different"),
+        ("--seeds 1,1", "each once"),
+        ("--arms nres_falling-none nres_falling-none", "each once"),
         ("--test-agents 0", "--test-agents is 0"),
     ],
 )

@@ -172,7 +172,7 @@ def test_flags_that_do_not_exist_are_refused_in_a_few_lines(program, flags, mess
     "changes, message",
     [
         (dict(tasks=()), "empty"),
-        (dict(tasks=("catch", "catch")), "name each task once"),
+        (dict(tasks=("catch", "catch")), "name at least one, each once"),
         (dict(num_envs=0), "--num-envs is 0"),
         (dict(num_units=2**40), "--num-units is 1099511627776"),
         (dict(meta_steps=-1), "--meta-steps is -1"),
