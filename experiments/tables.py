@@ -3,7 +3,7 @@
     python -m experiments.tables            # writes them into the texts
     python -m experiments.tables --check    # changes nothing: a line per difference, and status 1 if there is one
 
-A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; contents.py says how each content is computed.
+A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; contents.py and meta_run_contents.py say how each content is computed.
 """
 
 import itertools
@@ -12,9 +12,10 @@ import re
 import sys
 from dataclasses import dataclass
 
-from experiments.contents import CONTENTS
+from experiments import contents, meta_run_contents
 from harness import runs
 
+CONTENTS = contents.CONTENTS | meta_run_contents.CONTENTS
 MARKER = re.compile(r"<!-- (\w+) -->")
 
 
@@ -56,8 +57,8 @@ def main(argv=None):
     texts = [root / "README.md", *sorted(root.glob("docs/*.md")), root / "weights/README.md"]
     for path in [path for path in texts if path.exists()]:
         new, differences = rewritten(path.read_text(), path.relative_to(root))
-        for name, *contents in differences:
-            lines = itertools.zip_longest(*(content.strip().split("\n") for content in contents), fillvalue="nothing")
+        for name, *both in differences:
+            lines = itertools.zip_longest(*(content.strip().split("\n") for content in both), fillvalue="nothing")
             written, computed = next((pair for pair in lines if pair[0] != pair[1]), ("empty lines", "others"))
             print(f"{path.relative_to(root)}: {name}: written {written}, computed {computed}")
         different |= bool(differences)

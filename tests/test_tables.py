@@ -1,4 +1,4 @@
-"""The texts and the results that they report: experiments/tables.py, experiments/contents.py."""
+"""The texts and the results that they report: experiments/tables.py, contents.py and meta_run_contents.py."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import contents, meta_seeds, tables
+from experiments import contents, meta_run_contents, meta_seeds, tables
 from harness import runs, statistics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -84,8 +84,8 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     areas = {("world", label): Result(area) for label, area in labels.items()}
     areas |= {("world", f"meta-seed {seed}"): Result(2.0 + seed / 10) for seed in range(5)}
     summary = meta_seeds.summarize(areas, range(5))
-    monkeypatch.setattr(contents, "read_json", lambda name: summary)
-    of_seeds = contents.meta_seeds("meta_seeds")
+    monkeypatch.setattr(meta_run_contents, "read_json", lambda name: summary)
+    of_seeds = meta_run_contents.meta_seeds("meta_seeds")
     mean, low, high = statistics.interval([1.0, 1.05, 1.1, 1.15, 1.2])  # in units of adam's 2.0
     assert of_seeds["score"]() == f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     assert of_seeds["above"]() == "4 of 5"
