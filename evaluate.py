@@ -9,9 +9,10 @@
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
 
 All optimizers are tuned alike: where several learning rates are given, the one with the largest area under the return curve
-on two tuning seeds is taken, and fresh seeds are reported. A trained robot then plays 128 episodes without noise. The run's
-folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json, curves.png, runs/
-(each finished run), policies/ (each reported robot) and, with --render, films.
+on two tuning seeds is taken, and fresh seeds are reported. A robot's curve is of episodes without noise, at 10 or 20 points
+of its run; at the end it plays 128 more. The run's folder receives config.json, weights/ (those evaluated), curves.csv (every
+reported run), summary.json, curves.png, runs/ (each finished run, and the one under way), policies/ (each reported robot) and,
+with --render, films.
 """
 
 import csv
@@ -242,7 +243,13 @@ def main(argv=None):
             results = run_all(config, folder, all_tasks, optimizers, mesh, stop)
     print(f"\n{results.text(config.seeds)}")
     if any(task.play for task in all_tasks):
-        print(f"Without noise: mean return of {tasks.EVALUATION_EPISODES} episodes at the end of each reported run.")
+        episodes = ", ".join(f"{x.name} {x.evaluations} x {x.evaluation_episodes}" for x in all_tasks if x.play)
+        print(
+            f"A robot's returns are of episodes without noise, as in the paper ({episodes}, in a run); the last column:"
+        )
+        print(
+            f"{tasks.EVALUATION_EPISODES} more at the end of each reported run. Those in training are kept in {folder}/runs."
+        )
     print(f"Curves: {folder}/curves.png")
     if config.render:
         film(config, folder, all_tasks)

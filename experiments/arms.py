@@ -34,7 +34,8 @@ def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tun
             if signals:
                 raise SystemExit(128 + signals[0])
 
-        store = partial(kept.kept_runs, folder, task, label, None, {}, kept.SECONDS)
+        play_key = jax.random.fold_in(key, 2)  # tuning and reporting have the two keys of split(key)
+        store = partial(kept.kept_runs, folder, task, label, play_key, {}, kept.SECONDS)
         if not num_seeds:
             return agents.tune(task, optimizer, rates, key, mesh, steps, progress, store("tuning"), tuning_seeds)
         return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, progress, store, tuning_seeds)

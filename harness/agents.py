@@ -114,10 +114,13 @@ def task_key(seed, task):
 
 
 class Runs(NamedTuple):
-    """Learning curves of R runs in K points; a point is the mean over the updates since the one before."""
+    """Learning curves of R runs in K points.
+
+    A point is the mean over the updates since the one before, for a robot an evaluation: episodes without noise.
+    """
 
     steps: np.ndarray  # [K] environment steps so far
-    returns: np.ndarray  # [R, K] mean return of the episodes that ended; NaN from where an agent was not finite
+    returns: np.ndarray  # [R, K] mean return of the episodes; NaN from where an agent was not finite
 
     def area(self):
         """Mean return over the whole run, the area under the curve: [R]."""
@@ -136,7 +139,7 @@ class Tuned(NamedTuple):
 
 @functools.cache
 def _compiled(task, rule, mesh, updates):
-    """Jitted (init, advance) of many runs of one optimizer, sharded over the mesh; advance makes `updates` inner updates."""
+    """Jitted (init, advance, evaluate) of many runs of one optimizer, sharded over the mesh; advance makes `updates` inner updates."""
 
     def make(meta_params, alpha):
         return tasks.clipped(task.name, rule(alpha, meta_params))
@@ -158,9 +161,14 @@ def _compiled(task, rule, mesh, updates):
 
         return each(live, (alphas, keys, agents))
 
+    def evaluate(keys, agents):
+        # The same first states at every evaluation of a run. Neither init nor advance uses this key.
+        played = lambda x: task.play(x[1], jax.random.fold_in(x[0], 2), task.evaluation_episodes)
+        return each(lambda x: played(x).mean(), (keys, agents._replace(opt_state=(), env_state=())))
+
     one, many = PartitionSpec(), PartitionSpec("units")
     shard = lambda f, ins: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=ins, out_specs=many, check_vma=False))
-    return shard(init, (one, many, many)), shard(advance, (one, many, many, many, one))
+    return shard(init, (one, many, many)), shard(advance, (one, many, many, many, one)), shard(evaluate, (many, many))
 
 
 def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part: None, store=Store()):
@@ -173,7 +181,7 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
         mesh: jax.sharding.Mesh with the axis "units".
         steps: environment steps of each run; None: the task's own.
         progress: called with the fraction of the work done since the last call.
-        store: Store of finished runs; what it holds is not run again.
+        store: Store of runs; what it holds is not run again.
     Returns:
         Runs
     """
@@ -181,42 +189,53 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
     updates = max(1, num_updates // POINTS)
     points = round(num_updates / updates)
     rule = make_rule(optimizer.name, optimizer.inputs, points * updates * task.optimizer_steps)
-    init, advance = _compiled(task, rule, mesh, updates)
+    compiled = _compiled(task, rule, mesh, updates)
+    # The points with an evaluation: evenly spaced, the last one among them
+    due = np.diff(np.arange(points + 1) * min(task.evaluations, points) // points) > 0
     finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
-    finished = [curves if np.shape(curves) == (3, points) else None for curves in finished]
+    finished = [curves if np.shape(curves) == (3 + due.any(), points) else None for curves in finished]
     left = {run for run, curves in enumerate(finished) if curves is None}
     progress(1 - len(left) / len(alphas))
     for group in _groups(len(alphas), mesh, task.side_by_side):
-        if new := left & set(group.tolist()):
-            which = np.stack([group, np.asarray(alphas, float)[group]])
-            run_alphas, run_keys = jnp.asarray(alphas, jnp.float32)[group], keys[group]
-            begin = functools.partial(init, optimizer.meta_params, run_alphas, run_keys)
-            step = functools.partial(advance, optimizer.meta_params, run_alphas, run_keys)
-            share = lambda n: progress(n * len(new) / len(alphas) / points)
-            learned, curves = _live(begin, step, which, points, mesh, share, store)
-            for run in new:
-                i = group.tolist().index(run)
-                finished[run] = curves[i]
-                store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
-            store.forget()
-            left -= new
+        new = left & set(group.tolist())
+        if not new:
+            continue
+        which = np.stack([group, np.asarray(alphas, float)[group]])
+        args = (optimizer.meta_params, jnp.asarray(alphas, jnp.float32)[group], keys[group])
+        share = lambda n: progress(n * len(new) / len(alphas) / points)
+        learned, curves = _live(compiled, args, which, due, mesh, share, store)
+        for run in new:
+            i = group.tolist().index(run)
+            finished[run] = curves[i]
+            store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
+        store.forget()
+        left -= new
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
-    return Runs(env_steps, mean_returns(*np.stack(finished, axis=1)))
+    return_sums, episodes, finite, *evaluated = np.stack(finished, axis=1)
+    if evaluated:
+        return Runs(env_steps[due], np.where(finite > 0, evaluated[0], np.nan)[:, due])
+    return Runs(env_steps, mean_returns(return_sums, episodes, finite))
 
 
-def _live(begin, step, which, points, mesh, progress, store):
-    """The whole life of a group of agents, from where the store has it: (agents without environments, curves [S, 3, K])."""
-    curves = np.zeros((which.shape[1], 3, points))
-    like = (jax.eval_shape(begin), curves, np.array(0))
+def _live(compiled, args, which, due, mesh, progress, store):
+    """The life of a group of agents, from where the store has it: (agents without environments, curves [S, 3 or 4, K]).
+
+    compiled: of _compiled; args: (meta_params, alphas [S], keys [S]); which: as in Store; due: [K] bool, with an evaluation.
+    """
+    init, advance, evaluate = compiled
+    curves = np.full((which.shape[1], 3 + due.any(), len(due)), np.nan)
+    like = (jax.eval_shape(init, *args), curves, np.array(0))
     if kept := store.resume(which, like):
         agents, curves, first = kept
         agents = jax.device_put(agents, jax.NamedSharding(mesh, PartitionSpec("units")))
     else:
-        agents, first = begin(), np.array(0)
+        agents, first = init(*args), np.array(0)
     progress(int(first))
     saved = time.monotonic()
-    for point in range(int(first), points):
-        agents, curves[:, :, point] = step(agents, point)
+    for point in range(int(first), len(due)):
+        agents, curves[:, :3, point] = advance(*args, agents, point)
+        if due[point]:
+            curves[:, 3, point] = evaluate(args[-1], agents)
         keep = functools.partial(store.keep, which, (agents, curves, np.array(point + 1)))
         if time.monotonic() - saved > store.seconds:
             keep()

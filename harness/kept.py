@@ -2,7 +2,8 @@
 
 | file in a run's folder | holds | shape |
 |---|---|---|
-| runs/TASK-OPTIMIZER-PHASE-ALPHA-RUN.npz | curves: sums of episode returns, numbers of episodes, 1 while the agent is finite | [3, K] |
+| runs/TASK-OPTIMIZER-PHASE-ALPHA-RUN.npz | curves: in training, sums of episode returns, numbers of episodes, 1 while the agent is finite | [3, K] |
+| | and of a robot, the mean return of its evaluation; NaN at points without one | [4, K] |
 | | deterministic: returns of episodes without noise (a robot's reported runs) | [128] |
 | runs/TASK-OPTIMIZER-PHASE.under_way | which: run and alpha of each agent of the group that is being trained | [2, S] |
 | | 0, 1 ...: leaves of its state: whole agents, curves, points so far; deleted when the group is finished | [S, ...] |
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 import ppo
-from harness import runs, weights
+from harness import runs, tasks, weights
 
 POLICY_KIND = "ppo-policy"
 SECONDS = 60.0  # between two saves of the agents under way
@@ -25,7 +26,7 @@ SECONDS = 60.0  # between two saves of the agents under way
 class Store(NamedTuple):
     """Where runs are kept: functions, by default of a store that keeps nothing."""
 
-    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [3, K], or None: not run yet
+    load: Callable = lambda run, alpha: None  # (number of the run, alpha) -> curves [3 or 4, K], or None: not run yet
     # Called when a run is finished; the agent comes without its environments and its optimizer's state.
     save: Callable = lambda run, alpha, curves, agent: None
     # Of a group under way; which: [2, S] numbers of its runs, and their alphas.
@@ -55,7 +56,7 @@ def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
     def save(run, alpha, curves, agent):
         arrays = {"curves": curves}
         if phase == "report" and task.play:
-            arrays["deterministic"] = np.asarray(task.play(agent, key))
+            arrays["deterministic"] = np.asarray(task.play(agent, key, tasks.EVALUATION_EPISODES))
             header = metadata | {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
             tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
             weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)

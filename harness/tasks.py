@@ -22,7 +22,12 @@ import ppo
 WORLDS, ROBOTS = gridworld.NAMES, brax_env.NAMES
 NAMES = WORLDS + ROBOTS
 PPO_SETTINGS = ("small", "paper")
-EVALUATION_EPISODES = 128  # deterministic ones that a trained robot plays at the end; as many as Brax's trainer plays
+# Robots are scored as in the paper, by episodes without noise at some points of a run. The training episodes that happen to
+# end would count short lives too often.
+EVALUATIONS = {"ant": 10, "humanoid": 10}  # in a run; the others have 20
+EVALUATION_EPISODES = 128  # of one evaluation, and at the end of a run; as many as Brax's trainer plays
+# With small settings an evaluation has fewer: on ant they take half as long as the training, 128 would take seven times as long.
+SMALL_EVALUATION_EPISODES = 8
 
 # The paper's test settings: steps, and PPO's knobs (appendix).
 PAPER_PPO = {
@@ -101,8 +106,10 @@ class Task(NamedTuple):
     optimizer_steps: int  # of an inner update: 1 in A2C, num_epochs * num_minibatches in PPO
     steps: float
     learning_rates: tuple  # among which every optimizer is tuned
-    # (agent, key) -> returns [EVALUATION_EPISODES] of whole episodes played without noise; None: not a robot
+    # (agent, key, num_episodes) -> returns [num_episodes] of whole episodes played without noise; None: not a robot
     play: Callable | None = None
+    evaluations: int = 0  # in a run: its curve, instead of the returns in training; 0: not a robot
+    evaluation_episodes: int = 0  # of one evaluation
     side_by_side: int | None = None  # agents that an accelerator trains at once; None: all that are asked for
 
 
@@ -132,7 +139,9 @@ def make(name, num_envs=None, ppo_settings="small", truncation=False):
         config.num_epochs * config.num_minibatches,
         steps,
         (3e-4, 1e-3, 3e-3, 1e-2),
-        jax.jit(lambda agent, key: play(env, agent.params, agent.obs_stats, key, EVALUATION_EPISODES)),
+        jax.jit(lambda agent, key, num: play(env, agent.params, agent.obs_stats, key, num), static_argnums=2),
+        EVALUATIONS.get(name, 20),
+        EVALUATION_EPISODES if ppo_settings == "paper" else SMALL_EVALUATION_EPISODES,
         3 if ppo_settings == "paper" else None,  # minutes of an H100: a stop loses less, and memory is enough
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import brax_env
 import meta_train
 import ppo
 from harness import agents, kept, tasks, weights
@@ -90,13 +91,47 @@ def test_agents_under_way_continue_where_they_were_kept(mesh, tmp_path, change):
     assert not under_way.exists() and len(list((tmp_path / "runs").glob("*.npz"))) == 3
 
 
+def robot(evaluations):
+    """A toy for PPO: its action should be the number that it sees. Episodes of four steps."""
+
+    def step(key, state, action):
+        time, x = state
+        return (time + 1, x), -((x - action[0]) ** 2), (time + 1) % 4 == 0, jnp.array(False)
+
+    reset = lambda key: (jnp.int32(0), jax.random.uniform(key, (), minval=-0.5, maxval=0.5))
+    env = brax_env.Env(reset, step, lambda state: jnp.stack([state[1], 1.0]), (2,), 1, "toy")
+    small = dict(num_envs=8, batch_size=8, num_minibatches=2, rollout_length=6, num_epochs=2)
+    learner = ppo.make(env, ppo.Config(**small, policy_hidden=(8,), value_hidden=(8,)))
+    play = jax.jit(lambda agent, key, num: tasks.play(env, agent.params, agent.obs_stats, key, num), static_argnums=2)
+    return tasks.Task("toy", learner, 96, 4, 960, (1e-2,), play, evaluations, 5)
+
+
+def test_a_robot_is_scored_by_episodes_without_noise_which_change_nothing_in_its_training(mesh):
+    """Ten points, four evaluations: at the last point the agents that the run leaves, from the first states of the run."""
+    saved, keys = {False: [], True: []}, jax.random.split(jax.random.key(0), 2)
+    for scored in saved:
+        store = kept.Store(save=lambda run, alpha, curves, agent: saved[scored].append((curves, agent)))
+        task = robot(4 * scored)
+        result = agents.train(task, agents.Optimizer("adam"), [1e-2, np.inf], keys, mesh, store=store)
+    np.testing.assert_array_equal(result.steps, 96 * np.array([3, 5, 8, 10]))
+    for key, (unscored, _), (curves, agent) in zip(keys, *saved.values()):
+        np.testing.assert_array_equal(curves[:3], unscored)
+        assert np.flatnonzero(~np.isnan(curves[3])).tolist() == [2, 4, 7, 9]
+        expected = task.play(agent, jax.random.fold_in(key, 2), 5).mean()
+        np.testing.assert_allclose(curves[3, -1], expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.returns[0], saved[True][0][0][3, [2, 4, 7, 9]])
+    assert np.isnan(result.returns[1]).all()  # it diverged
+    assert (-4 < result.returns[0]).all() and (result.returns[0] < 0).all()
+
+
 def test_agents_of_one_run_share_no_random_numbers():
     """A key of the updates is never the key of the initialisation, nor of another point."""
     key = jax.random.key(3)
     init_key, updates_key = jax.random.split(key)
     used = [jax.random.split(jax.random.fold_in(updates_key, point), 7) for point in range(50)]
-    data = np.concatenate([jax.random.key_data(keys) for keys in (init_key[None], *used)])
-    assert len({tuple(row) for row in data.tolist()}) == 1 + 50 * 7
+    evaluation_key = jax.random.fold_in(key, 2)
+    data = np.concatenate([jax.random.key_data(keys) for keys in (init_key[None], evaluation_key[None], *used)])
+    assert len({tuple(row) for row in data.tolist()}) == 2 + 50 * 7
 
 
 def test_sign_descent_is_raw_optim4rl_without_learned_weights():
