@@ -24,6 +24,8 @@ KINDS = {
         "test_faults::test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_before_it_whole",
         "test_faults::test_a_full_disk_ends_an_evaluation_in_one_line",
         "test_programs::test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice",
+        "test_programs::test_an_evaluation_killed_or_out_of_time_inside_a_run_continues_to_the_same_bits",
+        "test_agents::test_agents_under_way_continue_where_they_were_kept",
     ),
     "folders": (
         "test_programs::test_a_finished_run_without_its_checkpoints_is_not_begun_again",

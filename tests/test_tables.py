@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import contents, meta_run_contents, meta_seeds, tables
+from experiments import contents, meta_run_contents, meta_seeds, protocols, tables
 from harness import runs, statistics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -91,3 +91,19 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     assert of_seeds["above"]() == "4 of 5"
     assert of_seeds["untrained"]() == "0.90"
     assert of_seeds["best_variant"]() == "rmsprop_0.99 1.20"
+
+
+def test_a_panel_counts_the_pieces_that_were_run_at_full_size(tmp_path):
+    of_panel = lambda: {row[0]: row[-1] for row in protocols.panels(tmp_path)}
+    assert of_panel()["Figure 1"] == "0 of 1 pieces"
+    (tmp_path / "figure1").mkdir()
+    (tmp_path / "figure1/figure1.json").write_text("{}")
+    assert of_panel()["Figure 1"] == "1 of 1 pieces" and of_panel()["Figure 5"] == "0 of 1 pieces"
+
+
+def test_what_was_run_of_a_panel_is_what_its_records_say():
+    steps, agents = protocols.run_here("Figure 4, ant", "transfer").split(", ")[:2]
+    rows = [row for row in contents.read_json("transfer/summary.json") if row["task"] == "ant"]
+    assert {f"{row['steps']:,} steps" for row in rows} == {steps} and {f"{row['seeds']} agents" for row in rows} == {
+        agents
+    }
