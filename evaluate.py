@@ -1,6 +1,6 @@
 """Program: trains fresh agents with several optimizers and compares them, on gridworlds (A2C) and Brax robots (PPO).
 
-    python evaluate.py                                                  # one Brax robot, 3 minutes on 2 CPU cores
+    python evaluate.py                                                  # the paper's double pendulum in small: 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch big_dense_long --learning-rate 1e-3 3e-3 1e-2 --seeds 10
     python evaluate.py --preset transfer                                # the paper's four robots in small, 35 minutes on one core
     python evaluate.py --preset gridworlds --tasks small_dense_short    # GatedAdam at the paper's size, 6 minutes
@@ -38,7 +38,7 @@ TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 @dataclass(frozen=True)
 class Config:
     preset: Literal["quick", "gridworlds", "transfer", "paper"] = "quick"  # other defaults for all other flags
-    tasks: tuple[TaskName, ...] = ("inverted_pendulum",)  # worlds and robots
+    tasks: tuple[TaskName, ...] = ("inverted_double_pendulum",)  # worlds and robots
     optimizers: tuple[Literal[*agents.NAMES], ...] = ("optim4rl", *agents.HAND_DESIGNED)  # what trains the agents
     weights: tuple[str, ...] = ()  # FILE of optim4rl, or NAME=FILE; empty: weights/NAME.npz
     learning_rate: tuple[float, ...] = ()  # alpha; several: each optimizer's best; empty: the task's grid
