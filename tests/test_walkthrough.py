@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import pytest
 from programs import ROOT
 
@@ -22,6 +23,8 @@ def source(cell):
 def executed():
     """What the cells define, executed in order in one namespace."""
     names = {"__name__": "__main__"}
+    # A quarter less time: nearly all of it is compilation. Until the last test, whose check compares two compiled programs.
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUICK", "1")
         patch.setenv("TQDM_DISABLE", "1")  # the first cell sets it too; so it is put back
@@ -29,7 +32,8 @@ def executed():
         for i, cell in enumerate(CODE):
             exec(compile(source(cell), f"code cell {i}", "exec"), names)
             names["plt"].close("all")
-    return names
+    yield names
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_all_cells_run_and_every_check_refuses_its_stub(executed):
