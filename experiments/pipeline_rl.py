@@ -18,7 +18,8 @@ resets; with 32 updates ahead less so. After tuning alpha its areas should be .7
 most .4 without resets.
 
 The folder receives config.json, meta_runs/ (a folder of meta_train.py each), results.csv (one row per meta-run: its score, and
-the steps that its optimizer takes at the ages 1, 60 and 250 where the networks see a constant 1) and pipeline_rl.png.
+the steps that its optimizer takes at the ages 1, 60 and 250 where the networks see a constant 1), curves.npz (returns [agents,
+points] per meta-run) and pipeline_rl.png.
 """
 
 import csv
@@ -169,6 +170,11 @@ def main(argv=None):
             writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(table)
+        with runs.whole_file(folder / "curves.npz", "wb") as file:
+            curves = {
+                f"{label}-{seed}": np.float32(tuned.runs.returns) for (label, seed), (tuned, _) in results.items()
+            }
+            np.savez_compressed(file, **curves)
         print(f"\n{text(table)}\n\n{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
         print(f"Picture: {draw(folder / 'pipeline_rl.png', table, results)}")
 
