@@ -1,5 +1,6 @@
 """A2C against golden numbers, plain Python loops, jax's own convolution, and the returns that it should reach."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -241,7 +242,8 @@ def train(name, make_optimizer, chunk, learning_rates_and_chunks, **sizes):
     """
     learner = a2c.make(gridworld.make(name), a2c.Config(num_envs=64, **sizes))
 
-    @jax.jit
+    # These programs run long: they are compiled as users compile them, not as conftest.py has it.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True})
     def run(learning_rate, state, keys):
         optimizer = make_optimizer(learning_rate)
         state, metrics = jax.lax.scan(lambda s, k: learner.update(optimizer, s, k), state, keys)
