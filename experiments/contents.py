@@ -251,6 +251,7 @@ CONTENTS = {
     "earlier_ratio_rmsprop": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
     "short_horizon": short_horizon,
     "truncation": truncation,
+    "robot_default": lambda: per_pair(measured("double_pendulum"), {"return without noise": "deterministic"}),
     "robot_pendulum": lambda: per_pair(measured("pendulum"), {"return without noise": "deterministic"}),
     "robots": lambda: per_pair(measured("transfer")),
     "pendulum_units": pendulum_units,
