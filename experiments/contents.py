@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from experiments import protocols, tried
+from experiments import tried
 from experiments.drift import drift, read_histograms
 from harness import runs, statistics
 
@@ -240,10 +240,8 @@ def optimizer_speed():
     return markdown("optimizer | update, ms | in a meta-gradient, ms | update / Adam's", *lines)
 
 
-PANELS = "panel | steps | agents | alpha | returns | run here, smaller | at full size"
 CONTENTS = {
     "protocol": protocol,
-    "panels": lambda: markdown(PANELS, *protocols.panels()),
     "paper_full": lambda: per_task(measured("paper"), WORLDS, ("optim4rl", *HAND)),
     "paper_score": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1]),
     "paper_score_final": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1], "final"),

@@ -3,12 +3,9 @@
 The paper's columns are from the configs of its reference implementation; what was run is read from results/.
 """
 
-import json
-
 from experiments import full_size
-from harness import runs
+from experiments.contents import RESULTS, markdown, read_json
 
-RESULTS = runs.ROOT / "results"
 OF_ROBOTS = "no noise, {} times in a run, 128 episodes"
 # panel -> the reference's (steps of an agent, agents, how its alpha is chosen, what its returns are of), our earlier results
 PAPER = {
@@ -37,10 +34,10 @@ def run_here(panel, folder):
     if folder is None:
         return "not run"
     if folder in ("figure1", "figure5"):
-        config = json.loads((RESULTS / folder / "config.json").read_text())["config"]
+        config = read_json(f"{folder}/config.json")["config"]
         size = f"{config['num_envs']} environments" if folder == "figure1" else "digits, dense"
         return f"{config['updates']} updates, {size}, {config['seeds']} agents, {config['learning_rate']:g}"
-    rows = json.loads((RESULTS / folder / "summary.json").read_text())
+    rows = read_json(f"{folder}/summary.json")
     rows = [row for row in rows if folder == "gridworlds" or row["task"] == panel.split(", ")[1]]
 
     def of(name):
@@ -59,3 +56,7 @@ def panels(results=RESULTS / "full_size"):
         done = f"{states.count('done')} of {len(states)} pieces"
         rows.append([panel, *paper, run_here(panel, folder), done])
     return rows
+
+
+PANELS = "panel | steps | agents | alpha | returns | run here, smaller | at full size"
+CONTENTS = {"panels": lambda: markdown(PANELS, *panels())}

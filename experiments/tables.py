@@ -3,7 +3,7 @@
     python -m experiments.tables            # writes them into the texts
     python -m experiments.tables --check    # changes nothing: a line per difference, and status 1 if there is one
 
-A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; contents.py and meta_run_contents.py say how each content is computed.
+A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; contents.py, meta_run_contents.py and protocols.py say how each content is computed.
 """
 
 import itertools
@@ -12,10 +12,10 @@ import re
 import sys
 from dataclasses import dataclass
 
-from experiments import contents, meta_run_contents
+from experiments import contents, meta_run_contents, protocols
 from harness import runs
 
-CONTENTS = contents.CONTENTS | meta_run_contents.CONTENTS
+CONTENTS = contents.CONTENTS | meta_run_contents.CONTENTS | protocols.CONTENTS
 MARKER = re.compile(r"<!-- (\w+) -->")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
+import guests
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,23 +70,7 @@ def test_updates_and_hidden_state_are_those_of_the_reference(golden, golden_weig
 
 
 def test_truncated_meta_gradient_is_that_of_the_reference(golden, golden_weights):
-    A, b, w = (golden[f"Optim4RL/quad/{name}"] for name in ("A", "b", "w0"))
-    loss = lambda w: 0.5 * jnp.sum((A @ w - b) ** 2)
-
-    def meta_loss(meta_params, w):
-        optimizer = optim4rl.optim4rl(golden["learning_rate"], meta_params)
-        state = optimizer.init(w)
-        for _ in range(4):
-            updates, state = optimizer.update(jax.grad(loss)(w), state)
-            w = w + updates
-        return loss(w), w
-
-    meta_params = optim4rl.from_reference(golden_weights("Optim4RL/param/"))
-    (value, w4), meta_grads = jax.jit(jax.value_and_grad(meta_loss, has_aux=True))(meta_params, w)
-    np.testing.assert_allclose(w4, golden["Optim4RL/quad/w4"], **GOLDEN)
-    np.testing.assert_allclose(value, golden["Optim4RL/quad/meta_loss"], **GOLDEN)
-    expected = optim4rl.from_reference(golden_weights("Optim4RL/quad/meta_grad/"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **GOLDEN), meta_grads, expected)
+    guests.check_golden_meta_gradient(optim4rl, optim4rl.OPTIM4RL, "Optim4RL", golden, golden_weights, GOLDEN)
 
 
 def test_rule_is_the_equations_of_the_paper_in_numpy():
