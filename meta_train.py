@@ -45,7 +45,7 @@ class Config:
     num_envs: int = 64  # environments of a unit; a robot's are among PPO's settings
     ppo: PPOSettings = "small"  # PPO's settings, for robots
     meta_steps: int = 500  # length of the run
-    resets: Literal["staggered", "synchronised", "none"] = "staggered"  # of units; staggered is pipeline training
+    resets: Literal[*pipeline.RESETS] = "staggered"  # of units; staggered is pipeline training
     reset_interval: tuple[int, ...] = (63,)  # m: meta-steps of a unit's life, for all tasks or per task; 0: no resets
     inner_updates: int = 4  # agent updates in a meta-step
     sigma: float = 0.1  # standard deviation of the perturbations of nres and pes

@@ -65,13 +65,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+RESETS = ("staggered", "synchronised", "none")
+
 
 @dataclass(frozen=True)
 class Config:
     num_units: int = 512  # n, of each task
     reset_interval: int = 288  # m, meta-steps between two resets of a unit; 0: never
     inner_updates: int = 4  # M
-    resets: Literal["staggered", "synchronised", "none"] = "staggered"
+    resets: Literal[*RESETS] = "staggered"
     units_at_once: int | None = None  # per device; None: one on a CPU, whose cache then suffices, all on an accelerator
 
 
@@ -299,8 +301,8 @@ def check(config, num_devices):
     for name, least in (("num_units", 1), ("reset_interval", 0), ("inner_updates", 1)):
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {least}")
-    if config.resets not in ("staggered", "synchronised", "none"):
-        raise ValueError(f"resets is {config.resets!r}; known: staggered, synchronised, none")
+    if config.resets not in RESETS:
+        raise ValueError(f"resets is {config.resets!r}; known: {', '.join(RESETS)}")
     if config.num_units % num_devices:
         near = config.num_units // num_devices * num_devices
         choices = " or ".join(str(n) for n in (near, near + num_devices) if n)

@@ -32,11 +32,12 @@ import numpy as np
 from tqdm import tqdm
 
 import meta_train
+import pipeline
 from experiments import arms
 from harness import agents, plots, runs, statistics, tasks
 from harness.plots import plt
 
-RESETS = ("staggered", "synchronised", "none")
+RESETS = pipeline.RESETS
 COLORS = dict(zip(RESETS, ("C0", "C1", "C3")))
 # What differs from the default of meta_train.py
 GROUPS = {

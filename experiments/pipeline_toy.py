@@ -28,6 +28,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import a2c
 import evolution
 import pipeline
 from experiments import arms
@@ -38,7 +39,7 @@ CURVATURES = jnp.logspace(-2, 0, 24)
 CLOCKS = 2.0 ** jnp.arange(1, 9)  # time constants in updates
 ALPHA, NOISE, SIGMA = 0.05, 0.3, 0.1
 INNER_UPDATES, LIFE = 4, 63  # M; m in meta-steps
-RESETS = ("staggered", "synchronised", "none")
+RESETS = pipeline.RESETS
 # Units that are never reset draw the noise of nres and pes again after as many meta-steps as a life has elsewhere.
 ESTIMATORS = {
     "gradient": lambda interval: pipeline.gradient,
@@ -62,12 +63,6 @@ class Agent(NamedTuple):
     opt_state: jax.Array  # [] age in updates
 
 
-class Learner(NamedTuple):
-    init: object
-    update: object
-    loss: object
-
-
 def loss(params):
     return jnp.sum(CURVATURES * params**2) / 2
 
@@ -85,7 +80,7 @@ def make_learner():
         params = agent.params + updates
         return Agent(params, opt_state), {"reward": -loss(params)}
 
-    return Learner(init, update, lambda agent, key: (loss(agent.params), (agent, {"reward": -loss(agent.params)})))
+    return a2c.Learner(init, update, lambda agent, key: (loss(agent.params), (agent, {"reward": -loss(agent.params)})))
 
 
 def step_size(theta, age):
