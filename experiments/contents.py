@@ -10,7 +10,6 @@ import json
 
 import numpy as np
 
-from experiments import tried
 from experiments.drift import drift, read_histograms
 from harness import runs, statistics
 
@@ -267,6 +266,4 @@ CONTENTS = {
     "gated_four_robots": lambda: score(beside_gated_adam(), ROBOTS, "gated_adam"),
     "brax_ppo": brax_ppo,
     "optimizer_speed": optimizer_speed,
-    "faults": tried.faults,
-    "guests": tried.guests,
 }
