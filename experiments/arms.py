@@ -1,5 +1,6 @@
 """What the experiments share: meta-runs of meta_train.py that are made once, and agents trained with what they learned."""
 
+import csv
 import pathlib
 from functools import partial
 
@@ -51,3 +52,11 @@ def run(name, config, mesh, body, time_limit=None):
     # What begins after a signal ends at once.
     with runs.only_one(folder), stops.told(how_to_resume), stops.graceful_stop(time_limit):
         return body(folder)
+
+
+def write_rows(path, rows):
+    """Writes dicts with the same names as a CSV file."""
+    with runs.whole_file(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -10,7 +10,6 @@ import json
 
 import numpy as np
 
-from experiments.drift import drift, read_histograms
 from harness import runs, statistics
 
 RESULTS = runs.ROOT / "results"
@@ -80,10 +79,15 @@ def span(mean, low, high):
     return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
+def shown(values):
+    """The interval of [R] numbers; empty for none."""
+    return span(*statistics.interval(values)) if len(values) else ""
+
+
 def cell(row, name):
     """A mean and its interval. Few seeds of which only a summary is kept have none that means anything."""
     if f"{name}_runs" in row:
-        return span(*statistics.interval(row[f"{name}_runs"]))
+        return shown(row[f"{name}_runs"])
     return span(row[name], row[f"{name}_low"], row[f"{name}_high"]) if row["seeds"] >= 5 else number(row[name])
 
 
@@ -136,27 +140,19 @@ def score(rows, tasks, optimizer, name="area"):
 def protocol():
     def column(folder):
         c = read_json(f"{folder}/config.json")["config"]
-        of, units = (
-            ("the loss after 4 updates", "") if c["estimator"] == "gradient" else ("returns of whole lives", " pairs")
-        )
+        by_gradient = c["estimator"] == "gradient"
+        of = f"the loss after {c['inner_updates']} updates" if by_gradient else "returns of whole lives"
+        units = f"{c['num_units']}{'' if by_gradient else ' pairs'}, {c['num_envs']}"
         test = f"{c['test_envs']} environments, {c['test_steps']:,.0f} steps"
         life = f"{c['reset_interval'][0] * c['inner_updates']:,}"
-        return [of, len(c["tasks"]), f"{c['num_units']}{units}, {c['num_envs']}", life, c["meta_steps"], 1, test]
+        return [of, len(c["tasks"]), units, life, c["meta_steps"], 1, test]
 
-    paper = "the loss after 4 updates|6|512, 1|288 to 2,304|585|96|512 environments, 30,000,000 steps".split("|")
-    names = (
+    titles = (
         "meta-gradient of|worlds|units of each, environments of one|updates in a unit's life|meta-steps|meta-runs|test"
     )
-    columns = zip(names.split("|"), paper, *map(column, ("paper", "gradient", "meta_train_raw")))
-    return markdown(" | paper | --preset paper | --preset gradient | the earlier default", *columns)
-
-
-def short_horizon():
-    lines = []
-    for task in WORLDS[:2]:
-        names = itertools.product(("meta_loss", "episode_return"), (80, 280))
-        lines.append([task, *(number(mean_of_log("short_horizon", f"{task}/{name}", at, 20)) for name, at in names)])
-    return markdown("units of | meta-loss, meta-steps 80 to 99 | 280 to 299 | return, 80 to 99 | 280 to 299", *lines)
+    paper = "the loss after 4 updates|6|512, 1|288 to 2,304|585|96|512 environments, 30,000,000 steps"
+    columns = zip(titles.split("|"), paper.split("|"), *map(column, ("paper", "meta_seeds/meta_runs/100")))
+    return markdown(" | paper | --preset paper | the default", *columns)
 
 
 def truncation():
@@ -189,12 +185,6 @@ def gated_scores():
     return markdown(f"tasks | used before? | gated_adam | its last fifth | {' | '.join(GATED[1:])}", *lines)
 
 
-def gated_mean_ratios():
-    groups = {"the paper's six worlds": WORLDS[:6], "its four big worlds": BIG, "the paper's four robots": ROBOTS}
-    means = lambda tasks: [mean_ratio(beside_gated_adam(), tasks, name, BASELINES) for name in GATED]
-    return markdown(f"tasks | {' | '.join(GATED)}", *([title, *means(tasks)] for title, tasks in groups.items()))
-
-
 def gated_gates():
     """exp(o1), which the 20 numbers give, for a matrix of 64 inputs and 8 outputs at age 100, with m^2 / v = .1 and v = mean v."""
     with np.load(runs.ROOT / "weights/gated_adam.npz") as file:
@@ -213,17 +203,12 @@ def gated_gates():
     return markdown("what changes | its value: the step / alpha", *lines)
 
 
-def drift_of(figure):
-    counts, edges = read_histograms(RESULTS / figure)
-    return span(*statistics.interval([drift(life, edges) for life in counts]))
-
-
 def brax_ppo():
     lines = []
     for folder in ("brax_ppo_paper", "brax_ppo_ant"):
         task = read_json(f"{folder}/config.json")["config"]["task"]
         for row in read_json(f"{folder}/results.json"):
-            returns = [span(*statistics.interval(row[name])) for name in ("final_runs", "whole_runs")]
+            returns = [shown(row[name]) for name in ("final_runs", "whole_runs")]
             lines.append([task, row["steps"], row["seeds"], row["trainer"], *returns, number(row["steps_per_second"])])
     return markdown("robot | steps | seeds | trainer | last evaluation | mean of all | steps/s", *lines)
 
@@ -246,20 +231,13 @@ CONTENTS = {
     "paper_score_final": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
     "earlier_ratio": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "optim4rl", HAND[:1]),
     "earlier_ratio_rmsprop": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
-    "short_horizon": short_horizon,
     "truncation": truncation,
     "robot_default": lambda: per_pair(measured("double_pendulum"), {"return without noise": "deterministic"}),
-    "robot_pendulum": lambda: per_pair(measured("pendulum"), {"return without noise": "deterministic"}),
     "robots": lambda: per_pair(measured("transfer")),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
-    "drift_a2c": lambda: drift_of("figure1"),
-    "drift_supervised": lambda: drift_of("figure5"),
     "gated_scores": gated_scores,
-    "gated_mean_ratios": gated_mean_ratios,
     "gated_worlds": lambda: per_task(beside_gated_adam(), WORLDS, GATED),
-    "gated_worlds_final": lambda: per_task(beside_gated_adam(), WORLDS, GATED, "final"),
-    "gated_memory": lambda: per_task(beside_gated_adam(), BIG[::2], (*BASELINES, *list(NAMES.values())[1:])),
     "gated_robots": lambda: per_task(beside_gated_adam(), ROBOTS + MORE_ROBOTS, GATED),
     "gated_gates": gated_gates,
     "gated_six": lambda: score(beside_gated_adam(), WORLDS[:6], "gated_adam"),

@@ -2,7 +2,8 @@
 
     python -m experiments.full_size --plan                            # every piece: its state, its time here and on a GPU
     python -m experiments.full_size --only catch                      # pieces whose names begin so
-    python -m experiments.full_size --time-limit 500                  # saves after 500 seconds; the same command continues
+    python -m experiments.full_size --time-limit 500                  # saves after 500 seconds, inside a piece or between two;
+                                                                      # the same command continues
     python -m experiments.full_size --only catch_adam --scale 0.01 --results runs/try    # a hundredth of it, in seconds
 
 Pieces come in order of worth. On a CPU the part that it can finish in a day is run, on an accelerator everything; named pieces
@@ -73,10 +74,9 @@ class Piece(NamedTuple):
 
 def gradients(figure, flags, config, folder, mesh):
     """Figures 1 and 5."""
-    updates = max(3, round(config.scale * flags["updates"]))
-    drift.run(drift.Config(figure, **flags | dict(updates=updates, results=str(folder))))
-    lives = [drift.drift(life, drift.EDGES) for life in drift.read_histograms(folder)[0]]
-    return {"drift": (statistics.measured("drift", lives) | flags | {"updates": updates}, None)}
+    flags = flags | {"updates": max(3, round(config.scale * flags["updates"]))}
+    drifts = drift.make(drift.Config(figure, **flags), folder)
+    return {"drift": (statistics.measured("drift", drifts) | flags, None)}
 
 
 def candidates(task, label, settings, config, folder, mesh):
@@ -103,7 +103,7 @@ def meta(task, label, settings, config, folder, mesh):
 
 
 def test(name, label, alphas, seeds, settings, config, folder, mesh):
-    """Fresh agents; alphas: {"fixed" or "tuned": learning rates}; seeds 0: only the runs by which alpha is chosen."""
+    """Fresh agents; alphas: {"fixed" or "tuned": learning rates}."""
     task, results = tasks.make(name, ppo_settings="paper"), {}
     options = candidates(name, label, settings, config, folder, mesh)
 
@@ -115,13 +115,13 @@ def test(name, label, alphas, seeds, settings, config, folder, mesh):
         areas, best = {}, next(iter(options))
         if title == "tuned":
             rates = agents.learning_rates(options[best], rates)
-        if len(options) > 1 or not seeds:
+        if len(options) > 1:
             areas = {option: run(option, rates, 0, TUNING_SEEDS)[1] for option in options}
             best = max(areas, key=lambda option: statistics.worst_if_diverged(areas[option]))
         more = {"alphas": list(rates), "chosen": best}
         more |= {"tuning_areas": {option: statistics.json_number(area) for option, area in areas.items()}}
-        tuned = run(best, rates, seeds, TUNING_SEEDS if len(rates) > 1 else 0) if seeds else None
-        results[title] = (statistics.summarize(name, label, tuned) if seeds else {}) | more, tuned
+        tuned = run(best, rates, seeds, TUNING_SEEDS if len(rates) > 1 else 0)
+        results[title] = statistics.summarize(name, label, tuned) | more, tuned
         options = {best: options[best]}  # which is then tuned, too
     return results
 
@@ -141,16 +141,22 @@ def settings_of(rates, intervals):
     return [dict(meta_learning_rate=rate, reset_interval=(m,)) | clip for rate, clip, m in product]
 
 
-def piece(panel, task, label, alphas=None, seeds=10, settings=(), before=(0, 0), part="", on_cpu=False):
-    """Agents of one optimizer on one task; without alphas the meta-runs alone. before: agents, meta-runs of earlier pieces."""
-    kind, num_runs, tried = next(name for name in SPEED if task.startswith(name)), -before[0], max(1, len(settings))
-    for rates in (alphas or {}).values():
-        num_runs += seeds + (len(rates) * tried * TUNING_SEEDS if len(rates) * tried > 1 or not seeds else 0)
-        tried = 1  # the best of the settings is then tuned
+def piece(panel, task, label, alphas, seeds=10, settings=(), made=0, part="", on_cpu=False):
+    """Agents of one optimizer on one task. made: agents of an earlier piece in the same folder."""
+    kind, num_runs, candidates = next(name for name in SPEED if task.startswith(name)), -made, max(1, len(settings))
+    for rates in alphas.values():
+        num_runs += seeds + (len(rates) * candidates * TUNING_SEEDS if len(rates) * candidates > 1 else 0)
+        candidates = 1  # the best of the settings is then tuned
     agents_minutes = [num_runs * paper_steps(task) / speed / 60 for speed in SPEED[kind]]
-    minutes = [x + (len(settings) - before[1]) * y for x, y in zip(agents_minutes, META_MINUTES.get(kind, (0, 0)))]
-    call = partial(test, task, label, alphas, seeds, settings) if alphas else partial(meta, task, label, settings)
-    return Piece(f"{task}_{label}{part}", panel, f"{task}_{label}", call, minutes, on_cpu)
+    minutes = [x + len(settings) * y for x, y in zip(agents_minutes, META_MINUTES.get(kind, (0, 0)))]
+    return Piece(
+        name=f"{task}_{label}{part}",
+        panel=panel,
+        folder=f"{task}_{label}",
+        call=partial(test, task, label, alphas, seeds, settings),
+        minutes=minutes,
+        on_cpu=on_cpu,
+    )
 
 
 def pieces():
@@ -172,31 +178,21 @@ def pieces():
         call = partial(meta, "", "gated_adam", [gated | dict(seed=seed)])
         yield Piece(f"gated_adam_{seed}", "GatedAdam, meta-seeds", f"gated_adam_{seed}", call, (216, 2), False)
     sweep = settings_of((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (72, 144, 288, 576))
-    of_world = partial(piece, "Figure 3, big_dense_long", "big_dense_long")
     for label in learned:
-        for last in range(5, 41, 5):  # what takes 8 minutes
-            yield of_world(label, settings=sweep[:last], before=(0, last - 5), part=f"_meta_{last}")
-        yield of_world(label, {"fixed": (3e-3,)}, settings=sweep, before=(0, 40), part="_learned")
-    robots = itertools.product((3, 6, 10), ("inverted_double_pendulum", "walker2d", "ant", "humanoid"), FIGURE4)
-    for seeds, robot, label in robots:  # first 3 runs of each
-        before, alpha, of_robot = (
-            (seeds - 3 - seeds // 10, 0),
-            FIXED[robot],
-            partial(piece, f"Figure 4, {robot}", robot),
+        yield piece(
+            "Figure 3, big_dense_long", "big_dense_long", label, {"fixed": (3e-3,)}, settings=sweep, part="_learned"
         )
-        yield of_robot(label, {"fixed": (alpha,)}, seeds, before=before, part=f"_{seeds}")
-        if seeds == 10:
-            around = (alpha, 3.3 * alpha, 10 * alpha)
-            for last in (1, 2, 3):
-                yield of_robot(label, {"tuned": around[:last]}, 0, before=(3 * last - 3, 0), part=f"_tuning_{last}")
-            yield of_robot(label, {"tuned": around}, 3, before=(9, 0), part="_tuned")
+    of_robots = list(itertools.product(("inverted_double_pendulum", "walker2d", "ant", "humanoid"), FIGURE4))
+    for seeds, (robot, label) in itertools.product((3, 10), of_robots):  # first 3 runs of each
+        made = 3 if seeds == 10 else 0
+        alphas = {"fixed": (FIXED[robot],)}
+        yield piece(f"Figure 4, {robot}", robot, label, alphas, seeds, made=made, part=f"_{seeds}")
+    for robot, label in of_robots:
+        alphas = {"tuned": (FIXED[robot], 3.3 * FIXED[robot], 10 * FIXED[robot])}
+        yield piece(f"Figure 4, {robot}", robot, label, alphas, 3, part="_tuned")
     for robot, label in itertools.product(("ant", "humanoid"), learned):
-        one, of_robot = (
-            [dict(meta_learning_rate=3e-4, reset_interval=(64,))],
-            partial(piece, f"Figure 3, {robot}", robot),
-        )
-        yield of_robot(label, settings=one, part="_meta")
-        yield of_robot(label, {"fixed": (FIXED[robot],)}, 3, one, before=(0, 1), part="_learned")
+        one = [dict(meta_learning_rate=3e-4, reset_interval=(64,))]
+        yield piece(f"Figure 3, {robot}", robot, label, {"fixed": (FIXED[robot],)}, 3, one, part="_learned")
 
 
 # --- The program

@@ -12,7 +12,6 @@ meta_train.py per meta-run), summary.json, meta_seeds.png and
 learned_step.png.
 """
 
-import csv
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 import meta_train
-from experiments import arms
+from experiments import arms, contents
 from harness import agents, plots, runs, statistics, tasks
 from harness.plots import plt
 
@@ -88,14 +87,12 @@ def summarize(results, seeds):
     }
 
 
-def write_agents(path, results):
+def agent_rows(results):
     """One row per reported agent."""
-    with runs.whole_file(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["task", "optimizer", "alpha", "agent", "area", "final"])
-        for (task, label), result in results.items():
-            for i, (area, final) in enumerate(zip(result.runs.area(), result.runs.final())):
-                writer.writerow([task, label, result.alpha, i, f"{area:.6g}", f"{final:.6g}"])
+    for (task, label), result in results.items():
+        for i, (area, final) in enumerate(zip(result.runs.area(), result.runs.final())):
+            row = {"task": task, "optimizer": label, "alpha": result.alpha, "agent": i}
+            yield row | {"area": f"{area:.6g}", "final": f"{final:.6g}"}
 
 
 def write_curves(path, results):
@@ -143,17 +140,66 @@ def draw_steps(path, config, folder, mesh):
     return plots.save(figure, path)
 
 
-def text(summary):
-    """The summary as text."""
-    lines = [f"{'area / that of the better of Adam and RMSProp':46}" + "  ".join(summary["better_baseline"])]
-    for label, ratios in summary["ratios"].items():
-        lines.append(f"{label:46}" + "  ".join(f"{ratio:{len(task)}.3f}" for task, ratio in ratios.items()))
-    lines.append("")
-    for name, values in summary["over_meta_seeds"].items():
-        score, low, high = (values[f"score{end}"] for end in ("", "_low", "_high"))
-        above, count = summary["above_1"][name], len(values["score_runs"])
-        lines.append(f"over meta-runs, {name:20} {score:.3f} [{low:.3f}, {high:.3f}], {above} of {count} above 1")
-    return "\n".join(lines)
+def mean_ratio(summary, label):
+    return float(np.mean(list(summary["ratios"][label].values())))
+
+
+def others(summary):
+    """The optimizers that are not learned here."""
+    return [label for label in summary["ratios"] if not label.startswith("meta-seed")]
+
+
+def over(summary, name):
+    return contents.span(*(summary["over_meta_seeds"][name][f"score{end}"] for end in ("", "_low", "_high")))
+
+
+def above(summary):
+    return f"{summary['above_1']['all tasks']} of {len(summary['over_meta_seeds']['all tasks']['score_runs'])}"
+
+
+def table(summary):
+    """Area / that of the better of Adam and RMSProp: a line per optimizer, a column per task."""
+    columns = ["all tasks", *summary["better_baseline"]]
+    number = lambda label: map(contents.number, (mean_ratio(summary, label), *summary["ratios"][label].values()))
+    lines = [[label, *number(label)] for label in others(summary)]
+    of_meta_runs = ["optim4rl, over meta-runs", *(over(summary, name) for name in columns)]
+    return contents.markdown(f"optimizer | {' | '.join(columns)}", of_meta_runs, *lines)
+
+
+def unseen(folder):
+    """The scores on tasks that were not learned from."""
+    summary = contents.read_json(f"{folder}/summary.json")
+    seed = next(label.split()[1] for label in summary["ratios"] if label.startswith("meta-seed"))
+    seen = contents.read_json(f"{folder}/meta_runs/{seed}/config.json")["config"]["tasks"]
+    return ", ".join(f"{over(summary, task)} on {task}" for task in summary["better_baseline"] if task not in seen)
+
+
+def best_variant(summary):
+    best = max((x for x in others(summary) if not x.startswith("untrained")), key=lambda x: mean_ratio(summary, x))
+    return f"{best} {contents.number(mean_ratio(summary, best))}"
+
+
+def single(folder):
+    """What one meta-run prints: 95% of the scores of all meta-runs, their and the baselines' agents drawn again."""
+    areas, better = {}, contents.read_json(f"{folder}/summary.json")["better_baseline"]
+    for row in contents.read_csv(f"{folder}/agents.csv"):
+        areas.setdefault((row["task"], row["optimizer"]), []).append(float(row["area"]))
+    random, drawn = np.random.default_rng(0), []
+    draw = lambda pair: random.choice(areas[pair], len(areas[pair]))
+    for label in [x for x in dict.fromkeys(x for _, x in areas) if x.startswith("meta-seed")] * 200:
+        ratios = [draw((task, label)) / statistics.iqm(draw((task, name))) for task, name in better.items()]
+        drawn.append(statistics.iqm(np.concatenate(ratios)))
+    return "{} to {}".format(*map(contents.number, np.quantile(drawn, (0.025, 0.975))))
+
+
+def contents_of(folder):
+    """{name: function} of what this program wrote into a folder of results/."""
+    kept = lambda function: lambda: function(contents.read_json(f"{folder}/summary.json"))
+    found = dict(score=kept(lambda x: over(x, "all tasks")), above=kept(above), best_variant=kept(best_variant))
+    return found | dict(table=kept(table), unseen=lambda: unseen(folder), single=lambda: single(folder))
+
+
+CONTENTS = {f"default_{name}": content for name, content in contents_of("meta_seeds").items()}
 
 
 def main(argv=None):
@@ -167,11 +213,14 @@ def main(argv=None):
     def body(folder):
         results = run_all(config, folder, mesh)
         summary = summarize(results, config.seeds)
-        write_agents(folder / "agents.csv", results)
+        arms.write_rows(folder / "agents.csv", list(agent_rows(results)))
         write_curves(folder / "curves.npz", results)
         with runs.whole_file(folder / "summary.json", "w") as file:
             json.dump(summary, file, indent=1)
-        print(f"\n{text(summary)}\n\n{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
+        print(
+            f"\nArea / that of the better of Adam and RMSProp\n{table(summary)}\n{above(summary)} meta-runs are above 1."
+        )
+        print(f"{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
         print(f"Pictures: {draw(folder / 'meta_seeds.png', summary)}", end=" ")
         print(draw_steps(folder / "learned_step.png", config, folder, mesh))
 

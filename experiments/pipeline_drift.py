@@ -13,7 +13,6 @@ Written before the run: synchronised resets have the drift of a single agent's l
 The folder receives config.json, results.csv (one row per group of units) and pipeline_drift.png.
 """
 
-import csv
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +22,7 @@ import optax
 import scipy.stats
 from jax.sharding import PartitionSpec
 
-from experiments import arms, drift
+from experiments import arms, contents, drift
 from experiments.figure2 import reset_table
 from harness import plots, runs, statistics, tasks
 from harness.plots import plt
@@ -88,8 +87,7 @@ def draw(path, counts, drifts):
             histograms = seen(group, resets)
             whole = histograms.sum(0)
             distances = [scipy.stats.wasserstein_distance(centers, centers, h, whole) for h in histograms]
-            mean, low, high = statistics.interval(drifts[resets])
-            label = f"{resets}: drift {mean:.3f} [{low:.3f}, {high:.3f}]" if i == 0 else None
+            label = f"{resets}: drift {contents.shown(drifts[resets])}" if i == 0 else None
             axis.plot(distances, color=color, alpha=0.6, label=label)
     axis.set(xlabel="meta-step of a cycle", ylabel="decades", ylim=(0, None))
     axis.set(title="distance between the gradients of one meta-step and of the whole cycle")
@@ -107,16 +105,23 @@ def main(argv=None):
         counts = lives(config, mesh)
         of_group = lambda group, resets: drift.drift(phases(seen(group, resets)), drift.EDGES)
         drifts = {resets: [of_group(group, resets) for group in counts] for resets in RESETS}
-        with runs.whole_file(folder / "results.csv", "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["group", *RESETS])
-            writer.writerows([i, *(f"{x:.6g}" for x in row)] for i, row in enumerate(zip(*drifts.values())))
+        of_resets = {resets: [f"{x:.6g}" for x in values] for resets, values in drifts.items()}
+        arms.write_rows(
+            folder / "results.csv",
+            [{"group": i} | {r: x[i] for r, x in of_resets.items()} for i in range(config.groups)],
+        )
         for resets, values in drifts.items():
-            print(f"{resets:14} drift {{:.3f}} [{{:.3f}}, {{:.3f}}] decades".format(*statistics.interval(values)))
+            print(f"{resets:14} drift {contents.shown(values)} decades")
         print(f"{statistics.caption(config.groups)} A seed is a group of units here.")
         print(f"Picture: {draw(folder / 'pipeline_drift.png', counts, drifts)}")
 
     arms.run("pipeline_drift", config, mesh, body)
+
+
+kept = lambda resets: (
+    lambda: contents.shown([float(row[resets]) for row in contents.read_csv("pipeline_drift/results.csv")])
+)
+CONTENTS = {f"pipeline_drift_{resets}": kept(resets) for resets in RESETS}
 
 
 if __name__ == "__main__":

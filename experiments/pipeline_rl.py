@@ -22,7 +22,6 @@ the steps that its optimizer takes at the ages 1, 60 and 250 where the networks 
 points] per meta-run) and pipeline_rl.png.
 """
 
-import csv
 import itertools
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 import meta_train
 import pipeline
-from experiments import arms
+from experiments import arms, contents
 from harness import agents, plots, runs, statistics, tasks
 from harness.plots import plt
 
@@ -122,31 +121,46 @@ def rows(results):
         yield row | {f"step_{age}": "" if steps is None else f"{steps[age - 1]:.6g}" for age in AGES}
 
 
-def text(table):
-    """Intervals over meta-runs, as text."""
-    lines = [f"{'':34}{'area / tuned RMSProp':24}{'step at age 250 / at age 1'}"]
-    for arm, of_arm in itertools.groupby(table, lambda row: row["arm"]):
-        of_arm = list(of_arm)
-        score = "{:.3f} [{:.3f}, {:.3f}]".format(*statistics.interval([float(row["score"]) for row in of_arm]))
-        falls = [float(row["step_250"]) / float(row["step_1"]) for row in of_arm if row["step_1"]]
-        falls = "{:.2f} [{:.2f}, {:.2f}]".format(*statistics.interval(falls)) if falls else ""
-        lines.append(f"{arm:34}{score:24}{falls}".rstrip())
-    return "\n".join(lines)
+def scores_of(rows):
+    """{(group or optimizer, resets or ""): [score of each meta-seed]}"""
+    scores = {}
+    for row in rows:
+        arm = tuple(row["arm"].rsplit("-", 1)) if "-" in row["arm"] else (row["arm"], "")
+        scores.setdefault(arm, []).append(float(row["score"]))
+    return scores
 
 
-def draw(path, table, results):
+def ratio(scores, group):
+    """Staggered / synchronised resets, paired by meta-seed; empty where one was not run."""
+    pair = [scores.get((group, resets), []) for resets in RESETS[:2]]
+    return contents.shown(np.divide(*pair)) if all(pair) else ""
+
+
+def table(rows):
+    """A line per way to learn, a column per kind of resets, and the ratio of the first two."""
+    scores, lines = scores_of(rows), []
+    for group in dict.fromkeys(group for group, _ in scores):
+        if (group, "") in scores:
+            lines.append([f"{group}, not learned here", contents.shown(scores[group, ""]), "", "", ""])
+        else:
+            cells = [contents.shown(scores.get((group, resets), [])) for resets in RESETS]
+            lines.append([group, *cells, ratio(scores, group)])
+    return contents.markdown("learned by | staggered | synchronised | none | staggered / synchronised", *lines)
+
+
+def draw(path, made, results):
     """Left: the score of each meta-run. Right, per group: the step over age of each."""
-    groups = [group for group in GROUPS if any(row["arm"].startswith(f"{group}-") for row in table)]
+    groups = [group for group in GROUPS if any(row["arm"].startswith(f"{group}-") for row in made)]
     figure, axes = plt.subplots(1, 1 + len(groups), figsize=(4 + 3.2 * len(groups), 3.8), layout="constrained")
     for i, (group, resets) in enumerate(itertools.product(groups, RESETS)):
-        scores = [float(row["score"]) for row in table if row["arm"] == f"{group}-{resets}"]
+        scores = [float(row["score"]) for row in made if row["arm"] == f"{group}-{resets}"]
         label = resets if i < len(RESETS) else None
         axes[0].plot(np.full(len(scores), i + i // 3), scores, ".", color=COLORS[resets], label=label)
         for (arm, _), (_, steps) in results.items():
             if arm == f"{group}-{resets}":
                 axes[1 + groups.index(group)].plot(1 + np.arange(len(steps)), steps, color=COLORS[resets], alpha=0.5)
     for name in agents.HAND_DESIGNED:
-        heights = [float(row["score"]) for row in table if row["arm"] == name]
+        heights = [float(row["score"]) for row in made if row["arm"] == name]
         axes[0].axhline(np.mean(heights), **plots.style(name), label=name)
     axes[0].set_xticks(1 + 4 * np.arange(len(groups)), [group.replace("_", "\n") for group in groups], fontsize=8)
     axes[0].set(ylabel="area / that of tuned RMSProp")
@@ -166,20 +180,31 @@ def main(argv=None):
 
     def body(folder):
         results = run_all(config, folder, mesh)
-        table = list(rows(results))
-        with runs.whole_file(folder / "results.csv", "w") as file:
-            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        made = list(rows(results))
+        arms.write_rows(folder / "results.csv", made)
+        curves = {f"{label}-{seed}": np.float32(tuned.runs.returns) for (label, seed), (tuned, _) in results.items()}
         with runs.whole_file(folder / "curves.npz", "wb") as file:
-            curves = {
-                f"{label}-{seed}": np.float32(tuned.runs.returns) for (label, seed), (tuned, _) in results.items()
-            }
             np.savez_compressed(file, **curves)
-        print(f"\n{text(table)}\n\n{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
-        print(f"Picture: {draw(folder / 'pipeline_rl.png', table, results)}")
+        print(f"\nArea / that of tuned RMSProp\n{table(made)}\n{statistics.caption(len(config.seeds))}")
+        print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_rl.png', made, results)}")
 
     arms.run("pipeline_rl", config, mesh, body)
+
+
+kept = lambda: contents.read_csv("pipeline_rl/results.csv")
+score = lambda group, resets: lambda: contents.shown(scores_of(kept())[group, resets])
+ratio_of = lambda group: lambda: ratio(scores_of(kept()), group)
+CONTENTS = {
+    "pipeline_rl": lambda: table(kept()),
+    "rl_nres": score("nres_falling", "staggered"),
+    "rl_nres_none": score("nres_falling", "none"),
+    "rl_nres_ratio": ratio_of("nres_falling"),
+    "rl_nres_constant_ratio": ratio_of("nres_constant"),
+    "rl_gradient": score("gradient_constant", "staggered"),
+    "rl_gradient_none": score("gradient_constant", "none"),
+    "rl_gradient_ratio": ratio_of("gradient_constant"),
+    "rl_gradient_32_ratio": ratio_of("gradient_constant_32"),
+}
 
 
 if __name__ == "__main__":

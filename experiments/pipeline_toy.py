@@ -16,7 +16,6 @@ should matter for every estimator, and staggering for the paper's gradient only.
 The folder receives config.json, results.csv (one row per meta-run) and pipeline_toy.png.
 """
 
-import csv
 import itertools
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import a2c
 import evolution
 import pipeline
-from experiments import arms
+from experiments import arms, contents
 from harness import plots, runs, statistics
 from harness.plots import plt
 
@@ -46,6 +45,7 @@ ESTIMATORS = {
     "nres": lambda interval: evolution.nres(SIGMA, interval),
     "pes": lambda interval: evolution.pes(SIGMA, interval),
 }
+COLUMNS = ("estimator", "resets", "meta_learning_rate", "seed", "score")
 RATES = {"0.01": (0.01, 1), "0.03": (0.03, 1), "0.1": (0.1, 1), "0.03 to 0": (0.03, 0)}  # first, part of it at the end
 
 
@@ -116,11 +116,12 @@ def life_loss(step, num_agents=512):
 
 
 def references():
-    """(the best constant step's loss over a life, that of the best step / (1 + age / time)), by grids."""
+    """(the best constant step's loss over a life, the best step / (1 + age / time), its loss), by grids."""
     steps, times = jnp.geomspace(0.003, 1, 26), jnp.geomspace(4, 256, 13)
     constant = jax.vmap(lambda s: life_loss(lambda age: s))(steps).min()
-    falling = lambda s, t: life_loss(lambda age: s / (1 + age / t))
-    return float(constant), float(jax.vmap(lambda t: jax.vmap(falling, (0, None))(steps, t))(times).min())
+    losses = jax.vmap(lambda t: jax.vmap(lambda s: life_loss(lambda age: s / (1 + age / t)))(steps))(times)
+    t, s = np.unravel_index(losses.argmin(), losses.shape)
+    return float(constant), lambda age: steps[s] / (1 + age / times[t]), float(losses.min())
 
 
 def make_task(estimator, resets, config, mesh=None):
@@ -157,48 +158,30 @@ def run_all(config, mesh):
     return learned
 
 
-def text(scores, hand_made):
-    """The table as text; scores: {(estimator, resets, rate): [seeds]}."""
-    number = lambda x: f"{x:.2f}" if x < 100 else "> 100"
-    lines = [f"{'meta learning rate':26}" + "".join(f"{rate:22}" for rate in RATES)]
-    for estimator, resets in itertools.product(ESTIMATORS, RESETS):
-        cells = [statistics.interval(scores[estimator, resets, rate]) for rate in RATES]
-        cells = "".join(f"{'{} [{}, {}]'.format(*map(number, cell)):22}" for cell in cells)
-        lines.append(f"{estimator:11}{resets:15}{cells}".rstrip())
-    return "\n".join([*lines, f"a hand-made step / (1 + age / time)  {hand_made:.2f}"])
+def table(rows):
+    """A line per estimator and kind of resets, a column per meta learning rate; a loss of 100 and more is one that exploded."""
+    scores = {}
+    for row in rows:
+        setting = row["estimator"], row["resets"]
+        scores.setdefault(setting, {}).setdefault(row["meta_learning_rate"], []).append(float(row["score"]))
+    shown = lambda x: contents.number(x) if x < 100 else "> 100"
+    of_rate = lambda values: "{} [{}, {}]".format(*map(shown, statistics.interval(values)))
+    lines = [[*setting, *map(of_rate, rates.values())] for setting, rates in scores.items()]
+    return contents.markdown(f"meta-gradient by | resets | {' | '.join(RATES)}", *lines)
 
 
-def draw(path, learned, scores, hand_made):
-    """Left: each meta-run's score. Right: the step sizes that the paper's gradient learned with rate 0.03."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=(3, 2), layout="constrained")
-    positions = np.arange(len(ESTIMATORS) * len(RATES))
-    for resets, shift, color in zip(RESETS, (-0.2, 0, 0.2), ("C0", "C1", "C3")):
-        for x, (estimator, rate) in zip(positions, itertools.product(ESTIMATORS, RATES)):
-            values = np.minimum(np.nan_to_num(scores[estimator, resets, rate], nan=np.inf), 30)
-            label = resets if x == 0 else None
-            left.plot(np.full(len(values), x + shift), values, ".", color=color, alpha=0.6, label=label)
-        ages = np.arange(LIFE * INNER_UPDATES)
-        for theta in learned["gradient", resets, "0.03"]:
-            right.plot(ages, step_size(theta, ages), color=color, alpha=0.5)
-    left.axhline(1, color="black", linestyle=":", label="best constant step")
-    left.axhline(hand_made, color="black", linestyle="--", label="step / (1 + age / time)")
-    left.set_yscale("log")
-    pairs = itertools.product(ESTIMATORS, enumerate(RATES))
-    left.set_xticks(positions, [rate if i else f"{rate}\n{estimator}" for estimator, (i, rate) in pairs], fontsize=8)
-    left.set(title="loss over a life / the best constant step's; 30 and more at 30")
-    left.set_xlabel("estimator, meta learning rate")
-    right.set(title="learned by the paper's gradient, rate 0.03", xlabel="age in updates", ylabel="step size")
-    right.set_yscale("log")
-    left.legend(frameon=False, fontsize=8)
+def draw(path, learned, hand_made):
+    """The step sizes that the paper's gradient learned with rate 0.03, one line per meta-run, and the best made by hand."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    ages = np.arange(LIFE * INNER_UPDATES)
+    for resets, color in zip(RESETS, ("C0", "C1", "C3")):
+        for i, theta in enumerate(learned["gradient", resets, "0.03"]):
+            axis.plot(ages, step_size(theta, ages), color=color, alpha=0.5, label=resets if i == 0 else None)
+    axis.plot(ages, hand_made(ages), color="black", linestyle="--", label="by hand: step / (1 + age / time)")
+    axis.set(title="learned by the paper's gradient, rate 0.03", xlabel="age in updates", ylabel="step size")
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
     return plots.save(figure, path)
-
-
-def write_csv(path, scores):
-    with runs.whole_file(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["estimator", "resets", "meta_learning_rate", "seed", "score"])
-        for setting, values in scores.items():
-            writer.writerows([*setting, seed, f"{value:.6g}"] for seed, value in enumerate(values))
 
 
 def main(argv=None):
@@ -207,18 +190,21 @@ def main(argv=None):
     mesh = runs.use_devices(1)
 
     def body(folder):
-        best_constant, hand_made = references()
-        learned = run_all(config, mesh)
+        best_constant, hand_made, hand_made_loss = references()
+        learned, rows = run_all(config, mesh), []
         score = jax.jit(jax.vmap(lambda theta: life_loss(partial(step_size, theta)) / best_constant))
-        scores = {setting: np.asarray(score(thetas)) for setting, thetas in learned.items()}
-        write_csv(folder / "results.csv", scores)
-        print(
-            f"\nMean loss over a life, in units of the best constant step's.\n{text(scores, hand_made / best_constant)}"
-        )
-        print(f"\n{statistics.caption(config.seeds)} A seed is a meta-run here.")
-        print(f"Picture: {draw(folder / 'pipeline_toy.png', learned, scores, hand_made / best_constant)}")
+        for setting, thetas in learned.items():
+            for seed, value in enumerate(score(thetas)):
+                rows.append(dict(zip(COLUMNS, (*setting, seed, f"{value:.6g}"))))
+        arms.write_rows(folder / "results.csv", rows)
+        print(f"\nMean loss over a life, in units of the best constant step's.\n{table(rows)}")
+        print(f"A step size made by hand: {hand_made_loss / best_constant:.2f}. {statistics.caption(config.seeds)}")
+        print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_toy.png', learned, hand_made)}")
 
     arms.run("pipeline_toy", config, mesh, body)
+
+
+CONTENTS = {"pipeline_toy": lambda: table(contents.read_csv("pipeline_toy/results.csv"))}
 
 
 if __name__ == "__main__":

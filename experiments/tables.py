@@ -3,7 +3,8 @@
     python -m experiments.tables            # writes them into the texts
     python -m experiments.tables --check    # changes nothing: a line per difference, and status 1 if there is one
 
-A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; contents.py, meta_run_contents.py and protocols.py say how each content is computed.
+A text holds <!-- NAME -->content<!-- end -->, within a line or around a table; each module's CONTENTS
+say how a content is computed.
 """
 
 import itertools
@@ -12,10 +13,12 @@ import re
 import sys
 from dataclasses import dataclass
 
-from experiments import contents, meta_run_contents, protocols
+from experiments import contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols
 from harness import runs
 
-CONTENTS = contents.CONTENTS | meta_run_contents.CONTENTS | protocols.CONTENTS
+CONTENTS = {}
+for module in (contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols):
+    CONTENTS |= module.CONTENTS
 MARKER = re.compile(r"<!-- (\w+) -->")
 
 

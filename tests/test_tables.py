@@ -1,4 +1,4 @@
-"""The texts and the results that they report: experiments/tables.py, contents.py and meta_run_contents.py."""
+"""The texts and the results that they report: experiments/tables.py and the contents of the experiments."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import contents, meta_run_contents, meta_seeds, protocols, tables
+from experiments import contents, meta_seeds, protocols, tables
 from harness import runs, statistics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -84,12 +84,12 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     areas = {("world", label): Result(area) for label, area in labels.items()}
     areas |= {("world", f"meta-seed {seed}"): Result(2.0 + seed / 10) for seed in range(5)}
     summary = meta_seeds.summarize(areas, range(5))
-    monkeypatch.setattr(meta_run_contents, "read_json", lambda name: summary)
-    of_seeds = meta_run_contents.meta_seeds("meta_seeds")
+    monkeypatch.setattr(contents, "read_json", lambda name: summary)
+    of_seeds = meta_seeds.contents_of("meta_seeds")
     mean, low, high = statistics.interval([1.0, 1.05, 1.1, 1.15, 1.2])  # in units of adam's 2.0
     assert of_seeds["score"]() == f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     assert of_seeds["above"]() == "4 of 5"
-    assert of_seeds["untrained"]() == "0.90"
+    assert "| untrained_optim4rl | 0.90 | 0.90 |" in of_seeds["table"]()
     assert of_seeds["best_variant"]() == "rmsprop_0.99 1.20"
 
 
@@ -99,11 +99,3 @@ def test_a_panel_counts_the_pieces_that_were_run_at_full_size(tmp_path):
     (tmp_path / "figure1").mkdir()
     (tmp_path / "figure1/figure1.json").write_text("{}")
     assert of_panel()["Figure 1"] == "1 of 1 pieces" and of_panel()["Figure 5"] == "0 of 1 pieces"
-
-
-def test_what_was_run_of_a_panel_is_what_its_records_say():
-    steps, agents = protocols.run_here("Figure 4, ant", "transfer").split(", ")[:2]
-    rows = [row for row in contents.read_json("transfer/summary.json") if row["task"] == "ant"]
-    assert {f"{row['steps']:,} steps" for row in rows} == {steps} and {f"{row['seeds']} agents" for row in rows} == {
-        agents
-    }
