@@ -24,7 +24,7 @@ import numpy as np
 
 import evaluate
 import meta_train
-from experiments import arms, drift
+from experiments import arms, contents, drift
 from harness import agents, runs, statistics, stops, tasks
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the reference's for Adam and RMSProp on gridworlds
@@ -253,6 +253,21 @@ def make(config, piece, mesh):
             np.savez_compressed(file, **curves)
     with runs.whole_file(folder / f"{piece.name}.json", "w") as file:
         json.dump({title: row for title, (row, _) in results.items()}, file, indent=1)
+
+
+def panel_table(panel):
+    """What the finished pieces of a panel say, a line per optimizer and kind of alpha."""
+    lines = []
+    for piece in pieces():
+        path = contents.RESULTS / "full_size" / piece.folder / f"{piece.name}.json"
+        for kind, row in json.loads(path.read_text()).items() if piece.panel == panel and path.exists() else ():
+            alpha = f"{row['alpha']:g}" if kind == "fixed" else f"{row['alpha']:g}, tuned"
+            cells = [contents.cell(row, name) for name in ("area", "final")]
+            lines.append([row["task"], row["optimizer"], alpha, *cells])
+    return contents.markdown("task | optimizer | alpha | return, whole run | return, last fifth", *lines)
+
+
+CONTENTS = {"full_size_catch": lambda: panel_table("Figure 3, catch"), "full_size_worlds": lambda: panel_table("six worlds")}
 
 
 def main(argv=None):
