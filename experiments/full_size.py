@@ -267,7 +267,10 @@ def panel_table(panel):
     return contents.markdown("task | optimizer | alpha | return, whole run | return, last fifth", *lines)
 
 
-CONTENTS = {"full_size_catch": lambda: panel_table("Figure 3, catch"), "full_size_worlds": lambda: panel_table("six worlds")}
+CONTENTS = {
+    "full_size_catch": lambda: panel_table("Figure 3, catch"),
+    "full_size_worlds": lambda: panel_table("six worlds"),
+}
 
 
 def main(argv=None):

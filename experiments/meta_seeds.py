@@ -7,9 +7,8 @@
 
 A meta-seed is a whole experiment: a meta-run, then fresh agents on each test task. Its score on a task is the area under their
 return curves in units of the better baseline's. Adam and RMSProp are tuned on five seeds of their own, at optax's defaults and
-in each of agents.VARIANTS. The folder receives config.json, agents.csv (one row per reported agent), curves.npz, meta_runs/ (a folder of
-meta_train.py per meta-run), summary.json, meta_seeds.png and
-learned_step.png.
+in each of agents.VARIANTS. The folder receives config.json, agents.csv (one row per reported agent), curves.npz, meta_runs/ (a
+folder of meta_train.py per meta-run), summary.json and learned_step.png.
 """
 
 import json
@@ -102,25 +101,7 @@ def write_curves(path, results):
         np.savez_compressed(file, **curves, **{task: result.runs.steps for (task, _), result in results.items()})
 
 
-def draw(path, summary):
-    """Scores of the meta-runs as points, those of the other optimizers as lines; a column for all tasks and one per task."""
-    columns = np.arange(len(summary["over_meta_seeds"]))
-    figure, axis = plt.subplots(figsize=(2 + 2 * len(columns), 4), layout="constrained")
-    for column, values in zip(columns, summary["over_meta_seeds"].values()):
-        points = np.full(len(values["score_runs"]), column)
-        label = "meta-runs" if column == 0 else None
-        axis.plot(points, values["score_runs"], "o", color="black", alpha=0.5, label=label)
-    for label, ratios in summary["ratios"].items():
-        if label in (*agents.HAND_DESIGNED, *agents.UNTRAINED):
-            heights, look = [np.mean(list(ratios.values())), *ratios.values()], plots.style(label)
-            axis.hlines(heights, columns - 0.3, columns + 0.3, look["color"], look["linestyle"], label=label)
-    axis.set_xticks(columns, list(summary["over_meta_seeds"]))
-    axis.set(ylabel="area / that of the better of Adam and RMSProp")
-    figure.legend(frameon=False, loc="outside right upper")
-    return plots.save(figure, path)
-
-
-def draw_steps(path, config, folder, mesh):
+def draw(path, config, folder, mesh):
     """The step that each meta-run's optimizer takes with alpha = 1 where its networks see a constant |x|: over age, over |x|."""
     sizes, updates = np.geomspace(0.03, 3, 21), 250
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -221,8 +202,7 @@ def main(argv=None):
             f"\nArea / that of the better of Adam and RMSProp\n{table(summary)}\n{above(summary)} meta-runs are above 1."
         )
         print(f"{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
-        print(f"Pictures: {draw(folder / 'meta_seeds.png', summary)}", end=" ")
-        print(draw_steps(folder / "learned_step.png", config, folder, mesh))
+        print(f"Picture: {draw(folder / 'learned_step.png', config, folder, mesh)}")
 
     arms.run("meta_seeds", config, mesh, body)
 
