@@ -34,7 +34,6 @@ Example:
     grads = {"w": jax.numpy.full((2, 3), 0.1)}
     updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
 
-Deviations: none, since there is no original.
 Copy this file: needs jax >= 0.10, optax >= 0.2.5. Keeps 2 numbers of state for each parameter, as Adam does.
 """
 
@@ -49,7 +48,6 @@ import optax
 
 TIMESCALES = (10.0, 100.0, 1000.0)  # updates
 MAX_AGE = 500  # updates, the age of the oldest agents in meta-training: the gates never saw an older one
-NUM_INPUTS = 5 + len(TIMESCALES)
 
 # What meta-training on gridworlds learned: weights/gated_adam.npz. NumPy arrays: importing this file touches no device.
 WEIGHTS = {
@@ -81,12 +79,11 @@ class GatedAdamState(NamedTuple):
 def init_meta_params(key):
     """Meta-parameters of the untrained rule, the same for every key.
 
-    Returns:
-        {"kernel" [2, 8], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}
+    Returns: {"kernel" [2, 8], "bias" [2], "decay_logits" [2]: b1 and b2 before the logistic function}
     """
     del key
     decay_logits = jax.scipy.special.logit(jnp.array([0.9, 0.99]))
-    return {"kernel": jnp.zeros((2, NUM_INPUTS)), "bias": jnp.zeros(2), "decay_logits": decay_logits}
+    return {"kernel": jnp.zeros((2, 8)), "bias": jnp.zeros(2), "decay_logits": decay_logits}
 
 
 def flax_fans(shape):
@@ -110,8 +107,7 @@ def gates(meta_params, tensor, m, v, mean_v, count):
         v: second moment, bias-corrected as m is, [*leaf].
         mean_v: mean of v over all leaves plus eps, [].
         count: t, [].
-    Returns:
-        o1, o2: [*leaf] each.
+    Returns: o1, o2: [*leaf] each.
     """
     # 1e-4, 1e-8 and 1e30 keep the logarithms of what is almost zero or overflows in range, 1/5 and 1/10 near 1.
     signal = jnp.log(m**2 + 1e-4) / 5
@@ -160,17 +156,13 @@ def gated_adam(learning_rate, meta_params=WEIGHTS, fans=None, eps=1e-16):
                 attention kernels (in, heads, dim): (False, in, heads * dim), chosen by their path
             With optax.inject_hyperparams, name it in static_args: a function would pass for a schedule.
         eps: keeps the quotients finite; far below any squared gradient that matters.
-    Returns:
-        optax.GradientTransformationExtraArgs with GatedAdamState. Moments are float32 at least; updates have the dtype
+    Returns: optax.GradientTransformationExtraArgs with GatedAdamState. Moments are float32 at least; updates have the dtype
         of gradient + parameter. A scalar whose g^2 overflows stops for good, as in Adam, and no other is touched.
-    Raises:
-        TypeError: a leaf is neither real numbers nor None; the message names it.
+    Raises: TypeError: a leaf is neither real numbers nor None; the message names it.
     """
 
     def init_fn(params):
-        def zeros(path, leaf):
-            return jnp.zeros_like(leaf, dtype=state_dtype(path, leaf))
-
+        zeros = lambda path, leaf: jnp.zeros_like(leaf, dtype=state_dtype(path, leaf))
         m, v = (jax.tree.map_with_path(zeros, params) for _ in range(2))
         return GatedAdamState(jnp.zeros((), jnp.int32), m, v)
 
@@ -191,7 +183,7 @@ def gated_adam(learning_rate, meta_params=WEIGHTS, fans=None, eps=1e-16):
                 return None
             tensor = shape_inputs(*(flax_fans(g.shape) if fans is None else fans(path, g)))
             delta = update_rule(meta_params, tensor, g, m / (1 - b1**count), v, mean_v, count, eps)
-            return (alpha * delta).astype(update_dtype(original, p))
+            return (alpha * delta).astype(jnp.result_type(original, p, float))
 
         grads = map_grads(real, updates, state.m)
         # m = b1 m + (1 - b1) g
@@ -209,24 +201,14 @@ def gated_adam(learning_rate, meta_params=WEIGHTS, fans=None, eps=1e-16):
 GATED_ADAM = LearnedOptimizer(init=init_meta_params, make=gated_adam)
 
 
-def is_none(x):
-    return x is None
-
-
 def map_grads(function, grads, *trees):
     """jax.tree.map_with_path for gradients that may be None."""
-    return jax.tree.map_with_path(function, grads, *trees, is_leaf=is_none)
+    return jax.tree.map_with_path(function, grads, *trees, is_leaf=lambda g: g is None)
 
 
 def state_dtype(path, leaf):
     """float32, or float64 for leaves of it: the square of a small gradient would vanish in half precision."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    dtype = getattr(leaf, "dtype", type(leaf))
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"GatedAdam updates real numbers; leaf {jax.tree_util.keystr(path) or 'itself'} is {dtype}")
-    return jax.dtypes.canonicalize_dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-
-
-def update_dtype(g, p):
-    """What adding g to p would give; float32 where both are integers."""
-    dtype = jnp.result_type(g, p)
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
+    return jax.dtypes.canonicalize_dtype(np.float64 if dtype == np.float64 else np.float32)

@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 
@@ -53,8 +52,7 @@ class LinearOptimState(NamedTuple):
 def init_meta_params(key, hidden_size=8):
     """Meta-parameters of the untrained rule. The gates of the GRU are stacked in the order reset, update, candidate.
 
-    Returns:
-        {"input_kernel" [3H, 1], "input_bias" [3H], "recurrent_kernel" [3H, H], "candidate_bias" [H],
+    Returns: {"input_kernel" [3H, 1], "input_bias" [3H], "recurrent_kernel" [3H, H], "candidate_bias" [H],
         "readout_kernel" [3, H], "readout_bias" [3]}
     """
     input_key, recurrent_key = jax.random.split(key)
@@ -81,24 +79,20 @@ def from_reference(weights):
     }
 
 
-def linear(kernel, x):
-    """kernel [n, k], x [k, *leaf] -> [n, *leaf]. In full precision: TF32 would keep 3 digits of a hidden state."""
-    return jnp.tensordot(kernel, x, 1, precision="highest")
-
-
-def column(bias, leaf):
-    """bias [n] -> [n, 1, ...], which broadcasts against [n, *leaf]."""
-    return bias.reshape(-1, *[1] * leaf.ndim)
+def linear(kernel, bias, x):
+    """kernel [n, k], bias [n], x [k, *leaf] -> [n, *leaf]. "highest": TF32 would keep 3 digits of a hidden state."""
+    return jnp.tensordot(kernel, x, 1, precision="highest") + bias.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def gru(cell, h, x):
-    """One step of the GRU; only the candidate has a recurrent bias. h [H, *leaf], x [1, *leaf] -> next h."""
+    """One step of the GRU: h [H, *leaf], x [1, *leaf] -> next h."""
+    x_r, x_z, x_n = jnp.split(linear(cell["input_kernel"], cell["input_bias"], x), 3)
+    recurrent_bias = jnp.pad(cell["candidate_bias"], (2 * len(h), 0))  # of the candidate only
+    h_r, h_z, h_n = jnp.split(linear(cell["recurrent_kernel"], recurrent_bias, h), 3)
     # r = s(W_r x + b_r + U_r h), z = s(W_z x + b_z + U_z h), n = tanh(W_n x + b_n + r (U_n h + c_n))
-    x_r, x_z, x_n = jnp.split(linear(cell["input_kernel"], x) + column(cell["input_bias"], x[0]), 3)
-    h_r, h_z, h_n = jnp.split(linear(cell["recurrent_kernel"], h), 3)
     r = jax.nn.sigmoid(x_r + h_r)
     z = jax.nn.sigmoid(x_z + h_z)
-    n = jnp.tanh(x_n + r * (h_n + column(cell["candidate_bias"], x[0])))
+    n = jnp.tanh(x_n + r * h_n)
     # h' = (1 - z) n + z h
     return (1 - z) * n + z * h
 
@@ -107,7 +101,7 @@ def update_rule(meta_params, h, g):
     """LinearOptim with alpha = 1 for one leaf: h [H, *leaf], g [*leaf] -> (next h, delta [*leaf])."""
     h = gru(meta_params, h, g[None])
     # o1, o2, o3 = Linear(h)
-    o1, o2, o3 = linear(meta_params["readout_kernel"], h) + column(meta_params["readout_bias"], g)
+    o1, o2, o3 = linear(meta_params["readout_kernel"], meta_params["readout_bias"], h)
     # delta / alpha = -(exp(o1) g + exp(o2) o3)
     return h, -(jnp.exp(o1) * g + jnp.exp(o2) * o3)
 
@@ -118,10 +112,8 @@ def linear_optim(learning_rate, meta_params):
     Args:
         learning_rate: alpha > 0, or an optax schedule: count -> alpha.
         meta_params: see init_meta_params.
-    Returns:
-        optax.GradientTransformationExtraArgs with LinearOptimState. Updates have the dtype of gradient + parameter.
-    Raises:
-        TypeError: a leaf is neither real numbers nor None; the message names it.
+    Returns: optax.GradientTransformationExtraArgs with LinearOptimState. Updates have the dtype of gradient + parameter.
+    Raises: TypeError: a leaf is neither real numbers nor None; the message names it.
     """
     hidden_size = len(meta_params["candidate_bias"])
     # The gates are 10 times the hidden state: the backward pass does not keep them but computes them again.
@@ -139,16 +131,16 @@ def linear_optim(learning_rate, meta_params):
 
         def step(path, g, h, p):
             if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
-                return h, None
+                return None, h
             state_dtype(path, g)
             # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
             new_h, delta = rule(meta_params, h, jax.lax.stop_gradient(jnp.asarray(g, h.dtype)))
-            return new_h.astype(h.dtype), (alpha * delta).astype(update_dtype(g, p))
+            return (alpha * delta).astype(jnp.result_type(g, p, float)), new_h.astype(h.dtype)
 
+        is_none = lambda x: x is None
         like = updates if params is None else params
         pairs = jax.tree.map_with_path(step, updates, state.hidden, like, is_leaf=is_none)
-        hidden = jax.tree.map(lambda _, pair: pair[0], updates, pairs, is_leaf=is_none)
-        updates = jax.tree.map(lambda _, pair: pair[1], updates, pairs, is_leaf=is_none)
+        updates, hidden = (jax.tree.map(lambda _, pair: pair[i], updates, pairs, is_leaf=is_none) for i in range(2))
         return updates, LinearOptimState(optax.safe_increment(state.count), hidden)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
@@ -157,19 +149,9 @@ def linear_optim(learning_rate, meta_params):
 LINEAR_OPTIM = LearnedOptimizer(init=init_meta_params, make=linear_optim)
 
 
-def is_none(x):
-    return x is None
-
-
 def state_dtype(path, leaf):
     """float32, or float64 for leaves of it. In half precision a hidden state would not move by small gradients."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    dtype = getattr(leaf, "dtype", type(leaf))
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"LinearOptim updates real numbers; leaf {jax.tree_util.keystr(path) or 'itself'} is {dtype}")
-    return jax.dtypes.canonicalize_dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-
-
-def update_dtype(g, p):
-    """What adding g to p would give; float32 where both are integers."""
-    dtype = jnp.result_type(g, p)
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

@@ -59,30 +59,20 @@ class LearnedOptimizer(NamedTuple):
     make: Callable  # (learning_rate, meta_params) -> optax.GradientTransformation
 
 
-class Averages(NamedTuple):
-    """Of one leaf."""
-
-    m: jax.Array  # [3, *leaf]
-    rms: jax.Array  # [*leaf]
-    row: jax.Array  # [3, *leaf], the largest axis 1
-    col: jax.Array  # [3, *leaf], the second largest axis 1
-
-
 class StarState(NamedTuple):
-    """Each field but count is a tree like the parameters; shapes as in Averages."""
+    """Each field but count is a tree like the parameters. Those four of one leaf are its averages."""
 
     count: jax.Array  # [] int32, updates so far
-    m: Any
-    rms: Any
-    row: Any
-    col: Any
+    m: Any  # [3, *leaf]
+    rms: Any  # [*leaf]
+    row: Any  # [3, *leaf], the largest axis 1
+    col: Any  # [3, *leaf], the second largest axis 1
 
 
 def init_meta_params(key, hidden_size=4):
     """Meta-parameters of the untrained rule.
 
-    Returns:
-        {"w0" [39, H], "b0" [H], "w1" [H, H], "b1" [H], "w2" [H, 4], "b2" [4] (the last two outputs are not used),
+    Returns: {"w0" [39, H], "b0" [H], "w1" [H, H], "b1" [H], "w2" [H, 4], "b2" [4] (the last two outputs are not used),
         "momentum_decays" [3], "rms_decays" [1], "adafactor_decays" [3]: offsets, see learned_decay}
     """
     keys = jax.random.split(key)
@@ -105,20 +95,16 @@ def from_reference(weights):
     return {name.removeprefix("nn/~/"): jnp.asarray(value) for name, value in weights.items()}
 
 
-def column(x, leaf):
-    """x [n] -> [n, 1, ...], which broadcasts against [n, *leaf]."""
-    return x.reshape(-1, *[1] * leaf.ndim)
-
-
-def linear(kernel, x):
-    """kernel [k, n], x [k, *leaf] -> [n, *leaf]. In full precision: TF32 would keep 3 digits of a feature."""
-    return jnp.tensordot(kernel.T, x, 1, precision="highest")
+def linear(kernel, bias, x):
+    """kernel [k, n], bias [n], x [k, *leaf] -> [n, *leaf]. "highest": TF32 would keep 3 digits of a feature."""
+    return jnp.tensordot(kernel.T, x, 1, precision="highest") + bias.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def learned_decay(initial, offset, leaf):
-    """Decays [n, 1, ...] from their initial values and the learned offsets d."""
+    """Decays [n, 1, ...], for [n, *leaf], from their initial values and the learned offsets d."""
     # decay = 1 - exp(10 (log(1 - initial) / 10 + d)). By the 10, small meta-steps in d move log(1 - decay) fast enough.
-    return column(1 - (1 - jnp.array(initial, leaf.dtype)) * jnp.exp(10 * offset), leaf)
+    decay = 1 - (1 - jnp.array(initial, leaf.dtype)) * jnp.exp(10 * offset)
+    return decay.reshape(-1, *[1] * leaf.ndim)
 
 
 def factored_axes(shape):
@@ -130,27 +116,24 @@ def factored_axes(shape):
 
 
 def update_averages(meta_params, averages, g):
-    """One more gradient: -> the next Averages."""
+    """The averages (m, rms, row, col) of one leaf with one more gradient g [*leaf]."""
+    m, rms, row, col = averages
     b1 = learned_decay(MOMENTUM_DECAYS, meta_params["momentum_decays"], g)
     # An offset can make a decay negative: averages of squares must stay positive.
     b2 = jnp.maximum(learned_decay(RMS_DECAYS, meta_params["rms_decays"], g)[0], 0)
     b3 = jnp.maximum(learned_decay(ADAFACTOR_DECAYS, meta_params["adafactor_decays"], g), 0)
     row_axes, col_axes = factored_axes(g.shape)
     g2 = g**2 + 1e-30  # Adafactor's: no row of zeros
-    return Averages(
-        m=b1 * averages.m + (1 - b1) * g,
-        rms=b2 * averages.rms + (1 - b2) * g**2,
-        row=b3 * averages.row + (1 - b3) * jnp.mean(g2, axis=row_axes, keepdims=True),
-        col=b3 * averages.col + (1 - b3) * jnp.mean(g2, axis=col_axes, keepdims=True),
-    )
+    m = b1 * m + (1 - b1) * g
+    rms = b2 * rms + (1 - b2) * g**2
+    row = b3 * row + (1 - b3) * jnp.mean(g2, axis=row_axes, keepdims=True)
+    col = b3 * col + (1 - b3) * jnp.mean(g2, axis=col_axes, keepdims=True)
+    return m, rms, row, col
 
 
 def preconditioners(row, col, shape):
     """What Adafactor multiplies (g, m) by: 1 / sqrt of the second moments that row and col stand for, [3, *leaf]."""
-
-    def safe_rsqrt(x):
-        return jax.lax.rsqrt(jnp.maximum(x, 1e-9))  # 1e-9 here, 1e-6 below: the reference's guards against 1 / 0
-
+    safe_rsqrt = lambda x: jax.lax.rsqrt(jnp.maximum(x, 1e-9))  # 1e-9, below 1e-6: the reference's guards against 1 / 0
     row_axes, col_axes = factored_axes(shape)
     if not row_axes:  # row is the whole second moment
         return safe_rsqrt(row + 1e-9), (row + 1e-6) ** -0.5
@@ -179,14 +162,14 @@ def network(meta_params, f, t):
     # time = tanh(t / timescale - 1), the same for every scalar: a part of the bias
     time = jnp.tanh(t / jnp.array(TIMESCALES, f.dtype) - 1)
     w0, w_time = meta_params["w0"][:NUM_FEATURES], meta_params["w0"][NUM_FEATURES:]
-    x = jax.nn.relu(linear(w0, f) + column(meta_params["b0"] + time @ w_time, f[0]))
-    x = jax.nn.relu(linear(meta_params["w1"], x) + column(meta_params["b1"], f[0]))
-    direction, magnitude, _, _ = linear(meta_params["w2"], x) + column(meta_params["b2"], f[0])
+    x = jax.nn.relu(linear(w0, meta_params["b0"] + time @ w_time, f))
+    x = jax.nn.relu(linear(meta_params["w1"], meta_params["b1"], x))
+    direction, magnitude, _, _ = linear(meta_params["w2"], meta_params["b2"], x)
     return direction, magnitude
 
 
 def update_rule(meta_params, averages, g, p, t):
-    """STAR for one leaf: -> (next Averages, the learned step / -alpha, the nominal step / -nominal_stepsize)."""
+    """STAR for one leaf: -> (next averages, the learned step / -alpha, the nominal step / -nominal_stepsize)."""
     averages = update_averages(meta_params, averages, g)
     f, adam = scalar_features(averages, g, p)
     direction, magnitude = network(meta_params, f, t)
@@ -201,16 +184,14 @@ def star(learning_rate, meta_params, nominal_stepsize=1e-3):
         learning_rate: alpha > 0, the scale of the network's step, or an optax schedule: count -> alpha.
         meta_params: see init_meta_params.
         nominal_stepsize: step size of the nominal Adam.
-    Returns:
-        optax.GradientTransformationExtraArgs with StarState. Updates have the dtype of gradient + parameter.
-    Raises:
-        TypeError: a leaf is neither real numbers nor None; the message names it.
+    Returns: optax.GradientTransformationExtraArgs with StarState. Updates have the dtype of gradient + parameter.
+    Raises: TypeError: a leaf is neither real numbers nor None; the message names it.
         ValueError: from update, where it gets no params.
     """
 
     def init_fn(params):
         averages = jax.tree.map_with_path(init_averages, params)
-        fields = (jax.tree.map(lambda _, a, i=i: a[i], params, averages) for i in range(4))
+        fields = (jax.tree.map(lambda _, a: a[i], params, averages) for i in range(4))
         return StarState(jnp.zeros((), jnp.int32), *fields)
 
     def update_fn(updates, state, params=None):
@@ -221,18 +202,19 @@ def star(learning_rate, meta_params, nominal_stepsize=1e-3):
 
         def step(path, g, p, *averages):
             if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
-                return *averages, None
+                return None, *averages
             state_dtype(path, g)
-            old, dtype = Averages(*averages), averages[0].dtype
+            dtype = averages[0].dtype
             # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
             gradient = jax.lax.stop_gradient(jnp.asarray(g, dtype))
-            new, learned, nominal = rule(meta_params, old, gradient, jnp.asarray(p, dtype), state.count)
+            new, learned, nominal = rule(meta_params, averages, gradient, jnp.asarray(p, dtype), state.count)
             update = -alpha * learned - nominal_stepsize * nominal
-            return *(x.astype(dtype) for x in new), update.astype(update_dtype(g, p))
+            return update.astype(jnp.result_type(g, p, float)), *(x.astype(dtype) for x in new)
 
+        is_none = lambda x: x is None
         results = jax.tree.map_with_path(step, updates, params, *state[1:], is_leaf=is_none)
-        fields = [jax.tree.map(lambda _, r, i=i: r[i], updates, results, is_leaf=is_none) for i in range(5)]
-        return fields[4], StarState(optax.safe_increment(state.count), *fields[:4])
+        updates, *averages = (jax.tree.map(lambda _, r: r[i], updates, results, is_leaf=is_none) for i in range(5))
+        return updates, StarState(optax.safe_increment(state.count), *averages)
 
     return optax.with_extra_args_support(optax.GradientTransformation(init_fn, update_fn))
 
@@ -241,32 +223,20 @@ STAR = LearnedOptimizer(init=init_meta_params, make=star)
 
 
 def init_averages(path, leaf):
-    """Averages of zeros, sharded as the leaf is."""
-    dtype = state_dtype(path, leaf)
+    """(m, rms, row, col) of zeros, sharded as the leaf is."""
+    zeros = jnp.zeros_like(leaf, dtype=state_dtype(path, leaf))
 
-    def zeros(axes):
-        return jnp.sum(jnp.zeros_like(leaf, dtype=dtype), axis=axes, keepdims=True)
+    def three(axes):
+        mean = jnp.mean(zeros, axes, keepdims=True)
+        return jnp.broadcast_to(mean, (3, *mean.shape))
 
-    def three(x):
-        return jnp.broadcast_to(x, (3, *x.shape))
-
-    row_axes, col_axes = factored_axes(np.shape(leaf))
-    return Averages(three(zeros(())), zeros(()), three(zeros(row_axes)), three(zeros(col_axes)))
-
-
-def is_none(x):
-    return x is None
+    row_axes, col_axes = factored_axes(zeros.shape)
+    return three(()), zeros, three(row_axes), three(col_axes)
 
 
 def state_dtype(path, leaf):
     """float32, or float64 for leaves of it. Half precision would lose small squares."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.dtype(type(leaf))
+    dtype = getattr(leaf, "dtype", type(leaf))
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"STAR updates real numbers; leaf {jax.tree_util.keystr(path) or 'itself'} is {dtype}")
-    return jax.dtypes.canonicalize_dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
-
-
-def update_dtype(g, p):
-    """What adding g to p would give; float32 where both are integers."""
-    dtype = jnp.result_type(g, p)
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else np.dtype(np.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)

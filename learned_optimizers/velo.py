@@ -288,7 +288,7 @@ def as_floats(*trees):
     """Trees as arrays of float32, or float64 where one leaf has it. TypeError names a leaf that holds no real numbers."""
     dtypes = [np.float32]
     for path, x in jax.tree.leaves_with_path(trees):
-        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+        dtype = getattr(x, "dtype", type(x))
         if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"VeLO updates real numbers; leaf {jax.tree_util.keystr(path[1:]) or 'itself'} is {dtype}")
         dtypes += [jax.dtypes.canonicalize_dtype(dtype)] if dtype == np.float64 else []
