@@ -2,21 +2,8 @@
 """The tasks of meta-training: eight gridworlds and Catch, as pure functions of one environment (paper: appendix).
 
 A gridworld has an agent and a few objects. Walking onto an object collects it: its reward is paid, it disappears, and
-the episode may end. An absent object comes back with some probability in each step, on a random cell. Catch, another
-small game, stands at the end of the file.
-
-| world | grid (height x width) | good objects | bad objects | respawn probability per step | horizon in steps |
-|---|---|---|---|---|---|
-| small_sparse_short | 3 x 8 | 1 | 1 | .05 | 50 |
-| small_sparse_long | 8 x 3 | 1 | 1 | .05 | 500 |
-| small_dense_short | 4 x 6 | 1 | 1 | .5 | 50 |
-| small_dense_long | 6 x 4 | 1 | 1 | .5 | 500 |
-| big_sparse_short | 10 x 12 | 2 | 2 | .05 | 50 |
-| big_sparse_long | 12 x 10 | 2 | 2 | .05 | 500 |
-| big_dense_short | 9 x 13 | 2 | 2 | .5 | 50 |
-| big_dense_long | 13 x 9 | 2 | 2 | .5 | 500 |
-
-A good object has reward 1 and never ends the episode. A bad one has reward -1 and ends it with probability .5.
+the episode may end. An absent object comes back with some probability in each step, on a random cell. GRIDWORLDS below is
+the paper's table of them. Catch, another small game, stands at the end of the file.
 
 | symbol | in code | shape |
 |---|---|---|
@@ -85,22 +72,20 @@ class State(NamedTuple):
     time: jax.Array  # [] int32 steps since the episode began
 
 
-SPARSE, DENSE = 0.05, 0.5  # respawn probabilities
+def pairs(number, respawn_prob):
+    """As many good objects as bad ones. A good one never ends the episode, a bad one half of the time."""
+    return (Object(1.0, 0.0, respawn_prob),) * number + (Object(-1.0, 0.5, respawn_prob),) * number
 
 
-def _objects(pairs, respawn_prob):
-    return (Object(1.0, 0.0, respawn_prob),) * pairs + (Object(-1.0, 0.5, respawn_prob),) * pairs
-
-
-GRIDWORLDS = {
-    "small_sparse_short": World(3, 8, _objects(1, SPARSE), 50),
-    "small_sparse_long": World(8, 3, _objects(1, SPARSE), 500),
-    "small_dense_short": World(4, 6, _objects(1, DENSE), 50),
-    "small_dense_long": World(6, 4, _objects(1, DENSE), 500),
-    "big_sparse_short": World(10, 12, _objects(2, SPARSE), 50),
-    "big_sparse_long": World(12, 10, _objects(2, SPARSE), 500),
-    "big_dense_short": World(9, 13, _objects(2, DENSE), 50),
-    "big_dense_long": World(13, 9, _objects(2, DENSE), 500),
+GRIDWORLDS = {  # height, width, objects, horizon
+    "small_sparse_short": World(3, 8, pairs(1, 0.05), 50),
+    "small_sparse_long": World(8, 3, pairs(1, 0.05), 500),
+    "small_dense_short": World(4, 6, pairs(1, 0.5), 50),
+    "small_dense_long": World(6, 4, pairs(1, 0.5), 500),
+    "big_sparse_short": World(10, 12, pairs(2, 0.05), 50),
+    "big_sparse_long": World(12, 10, pairs(2, 0.05), 500),
+    "big_dense_short": World(9, 13, pairs(2, 0.5), 50),
+    "big_dense_long": World(13, 9, pairs(2, 0.5), 500),
 }
 NAMES = (*GRIDWORLDS, "catch")
 
@@ -113,10 +98,8 @@ def make(name, reward_scale=1.0, truncation=False):
         reward_scale: factor on every reward (the paper scales rewards in meta-training only).
         truncation: step also returns whether the horizon alone ended the episode, as its fourth output. (The reference does
             not tell, so its agents take the horizon for a true end. Catch has no horizon.)
-    Returns:
-        Env.
-    Raises:
-        ValueError: unknown name.
+    Returns: Env.
+    Raises: ValueError: unknown name.
     """
     if name == "catch":
         return _make_catch(reward_scale)
@@ -141,7 +124,7 @@ def make_gridworld(world, reward_scale=1.0, name="gridworld", truncation=False):
         cells = []
         for i, draw in enumerate(draws):
             cell = (draw * (num_cells - i)).astype(jnp.int32)
-            for taken in _sorted(cells):
+            for taken in jnp.sort(jnp.array(cells, jnp.int32)):
                 cell += cell >= taken
             cells.append(cell)
         return State(agent=cells[0], objects=jnp.stack(cells[1:]), time=jnp.zeros((), jnp.int32))
@@ -179,10 +162,6 @@ def _move(cell, action, height, width):
     row, column = cell // width + move[0], cell % width + move[1]
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return jnp.where(inside, row * width + column, cell)
-
-
-def _sorted(cells):
-    return jnp.sort(jnp.stack(cells)) if cells else ()
 
 
 def _check(world):

@@ -114,16 +114,6 @@ def test_worlds_are_those_of_the_table():
     assert (gridworld.make("catch").obs_shape, gridworld.make("catch").num_actions) == ((10, 5), 3)
 
 
-def test_the_header_s_table_is_that_of_the_paper():
-    rows = [line.split("|")[1:-1] for line in gridworld.__doc__.splitlines() if line.startswith(("| small", "| big"))]
-    told = {}
-    for name, grid, good, bad, respawn, horizon in ([cell.strip() for cell in row] for row in rows):
-        height, width = map(int, grid.split(" x "))
-        objects = [(1, 0, float(respawn))] * int(good) + [(-1, 0.5, float(respawn))] * int(bad)
-        told[name] = (height, width, objects, int(horizon))
-    assert told == TABLE
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_every_step_is_that_of_a_plain_simulator(name):
     env, spec, num_steps = gridworld.make(name), TABLE[name], 700
