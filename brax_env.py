@@ -44,18 +44,8 @@ import jax
 import jax.numpy as jnp
 
 # Brax's robots that have spring physics (swimmer does not)
-NAMES = (
-    "ant",
-    "halfcheetah",
-    "hopper",
-    "humanoid",
-    "humanoidstandup",
-    "inverted_double_pendulum",
-    "inverted_pendulum",
-    "pusher",
-    "reacher",
-    "walker2d",
-)
+NAMES = ("ant", "halfcheetah", "hopper", "humanoid", "humanoidstandup")
+NAMES += ("inverted_double_pendulum", "inverted_pendulum", "pusher", "reacher", "walker2d")
 BACKENDS = ("generalized", "positional", "spring")
 
 
@@ -84,10 +74,8 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
         episode_length: time limit in Brax's steps; an action applied k times takes k of them.
         action_repeat: how many steps each action lasts; their rewards are added.
         backend: Brax's physics, one of BACKENDS; the paper's is "spring".
-    Returns:
-        Env.
-    Raises:
-        ValueError: an unknown name or backend, or a size below one.
+    Returns: Env.
+    Raises: ValueError: an unknown name or backend, or a size below one.
     """
     for size, steps in (("episode_length", episode_length), ("action_repeat", action_repeat)):
         if not isinstance(steps, Integral) or steps < 1:
@@ -102,36 +90,32 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
 
     def step(key, state, action):
         del key  # the physics draws no random numbers; other environments do
+
+        def act(record, _):
+            record = robot.step(record, action)
+            return record, record.reward
+
         # Brax's step takes its whole record but reads only the physics of it: the rest is zeros, not carried along.
         record = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         record = record.replace(pipeline_state=state.physics, obs=state.obs)
-        record, rewards = jax.lax.scan(lambda r, _: _step_and_reward(robot, r, action), record, length=action_repeat)
+        record, rewards = jax.lax.scan(act, record, length=action_repeat)
         time = state.time + action_repeat
         terminated, out_of_time = record.done.astype(bool), time >= episode_length
         reward = rewards.sum()
         sound = jnp.isfinite(reward) & jnp.isfinite(record.obs).all()
         done, truncation = terminated | out_of_time | ~sound, out_of_time & ~terminated | ~sound
-        first = State(state.first_physics, state.first_obs, jnp.zeros_like(time), state.first_physics, state.first_obs)
-        state = State(record.pipeline_state, record.obs, time, state.first_physics, state.first_obs)
+        first = state._replace(physics=state.first_physics, obs=state.first_obs, time=jnp.zeros_like(time))
+        state = state._replace(physics=record.pipeline_state, obs=record.obs, time=time)
         state = jax.tree.map(lambda x, y: jnp.where(done, x, y), first, state)
         return state, jnp.where(sound, reward, jnp.nan), done, truncation
 
-    def observe(state):
-        return state.obs
-
-    return Env(reset, step, observe, shapes.obs.shape, robot.action_size, name)
-
-
-def _step_and_reward(robot, record, action):
-    record = robot.step(record, action)
-    return record, record.reward
+    return Env(reset, step, lambda state: state.obs, shapes.obs.shape, robot.action_size, name)
 
 
 def load_robot(name, backend="spring"):
     """Brax's own environment of that name, without a time limit: its bodies are in .sys, its time step in .dt.
 
-    Raises:
-        ValueError: an unknown name or backend.
+    Raises: ValueError: an unknown name or backend.
     """
     if name not in NAMES:
         raise ValueError(f"unknown Brax task {name!r}; known: {', '.join(NAMES)}")
