@@ -57,11 +57,9 @@ class Config:
     conv_features: int = 0  # of a 2 x 2 convolution before it, 0 for none; the paper: 16 on big gridworlds, else 0
 
     def __post_init__(self):
-        least = {"num_envs": 1, "rollout_length": 1, "hidden_size": 1, "conv_features": 0}
-        for size, smallest in least.items():
-            value = getattr(self, size)
-            if not isinstance(value, Integral) or value < smallest:
-                raise ValueError(f"{size} is {value}; it must be a whole number, at least {smallest}")
+        for size, least in dict(num_envs=1, rollout_length=1, hidden_size=1, conv_features=0).items():
+            if not isinstance(getattr(self, size), Integral) or getattr(self, size) < least:
+                raise ValueError(f"{size} is {getattr(self, size)}; it must be a whole number, at least {least}")
         for fraction in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, fraction) <= 1:
                 raise ValueError(f"{fraction} is {getattr(self, fraction)}; it must lie between 0 and 1")
@@ -92,17 +90,12 @@ class Rollout(NamedTuple):
 
 
 def make(env, config=Config()):
-    """A2C on env.
+    """A2C on env, an Env of pure functions of one environment, with obs_shape and num_actions.
 
-    Args:
-        env: Env of pure functions of one environment, with obs_shape and num_actions.
-        config: Config.
-    Returns:
-        Learner. metrics: loss; reward (mean per step); objective (mean return so far of the running episodes: every
-        rollout has one, whether an episode ended in it or not, so evolution strategies compare agents by it);
-        episode_return_sum and episodes, over the episodes that ended.
-    Raises:
-        ValueError: a convolution of observations that do not have three axes.
+    Returns: Learner. metrics: loss; reward (mean per step); objective (mean return so far of the running episodes, for
+        evolution strategies: every rollout has one, whether an episode ended in it or not); episode_return_sum and
+        episodes, over the episodes that ended.
+    Raises: ValueError: a convolution of observations that do not have three axes.
     """
     if config.conv_features and len(env.obs_shape) != 3:
         raise ValueError(f"conv_features is {config.conv_features}, but observations of shape {env.obs_shape} need 0")
@@ -129,10 +122,7 @@ def make(env, config=Config()):
         params = optax.apply_updates(params, updates)
         return agent_state._replace(params=params, opt_state=opt_state), metrics
 
-    def loss(agent_state, key):
-        return rollout_loss(agent_state.params, agent_state, key)
-
-    return Learner(init, update, loss)
+    return Learner(init, update, loss=lambda agent_state, key: rollout_loss(agent_state.params, agent_state, key))
 
 
 def a2c_loss(logits, values, actions, rewards, dones, config, truncations=None):
@@ -142,10 +132,8 @@ def a2c_loss(logits, values, actions, rewards, dones, config, truncations=None):
         logits: [T + 1, N, A]; the last step's are not used.
         values: [T + 1, N]; the last step's are the bootstrap.
         actions, rewards, dones: [T, N].
-        config: Config.
         truncations: [T, N], 1 where a time limit alone ended the episode; None: nowhere.
-    Returns:
-        (loss [], td_errors [T, N]); the gradient of td_errors is that of -values.
+    Returns: (loss [], td_errors [T, N]); the gradient of td_errors is that of -values.
     """
     td_errors = lambda_returns(rewards, dones, values, config, truncations) - values[:-1]
     log_probs = jax.nn.log_softmax(logits[:-1])  # (T, N, A)
@@ -193,22 +181,21 @@ def collect(env, config, params, agent_state, key):
         kept = ((env_state, outputs), actions, rewards, dones.astype(rewards.dtype), ended_return, truncations)
         return (next_state, episode_return), kept
 
-    carry = (agent_state.env_state, agent_state.episode_return)
-    keys = jax.random.split(key, config.rollout_length)
-    carry, (seen, actions, rewards, dones, returns, truncations) = jax.lax.scan(step, carry, keys)
-    last_seen = (carry[0], network_outputs(env, params, carry[0]))
+    carry, keys = (agent_state.env_state, agent_state.episode_return), jax.random.split(key, config.rollout_length)
+    (env_state, episode_return), kept = jax.lax.scan(step, carry, keys)
+    seen, actions, rewards, dones, returns, truncations = kept
+    last_seen = (env_state, network_outputs(env, params, env_state))
     seen = jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), seen, last_seen)
     rollout = Rollout(*seen, actions, rewards, dones, truncations[0] if truncations else None)
     metrics = {"reward": rewards.mean(), "objective": returns.mean()}
     metrics |= {"episode_return_sum": jnp.sum(dones * returns), "episodes": dones.sum()}
-    return agent_state._replace(env_state=carry[0], episode_return=carry[1]), rollout, metrics
+    return agent_state._replace(env_state=env_state, episode_return=episode_return), rollout, metrics
 
 
 def init_network(key, env, config):
     """Parameters: LeCun-uniform body, LeCun-normal heads, zero biases.
 
-    Returns:
-        {"conv" (if conv_features > 0) [4C, conv_features], "body" [D, hidden_size], "policy" [hidden_size, A],
+    Returns: {"conv" (if conv_features > 0) [4C, conv_features], "body" [D, hidden_size], "policy" [hidden_size, A],
         "value" [hidden_size, 1]}, each {"kernel", "bias"}.
     """
     conv_features, hidden_size = config.conv_features, config.hidden_size
@@ -232,10 +219,7 @@ def init_network(key, env, config):
 
 def apply_network(params, obs):
     """obs [B, *obs_shape] -> (logits [B, A], values [B])."""
-
-    def linear(name, x):
-        return x @ params[name]["kernel"] + params[name]["bias"]
-
+    linear = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
     if "conv" in params:
         obs = jax.nn.relu(linear("conv", patches_2x2(obs)))  # (B, planes, rows, F)
     body = jax.nn.relu(linear("body", obs.reshape(obs.shape[0], -1)))
@@ -255,13 +239,10 @@ def with_gradient(env, params, env_states, outputs, piece=64):
     network_outputs(env, params, env_states) in the loss; an update on a CPU is 1.2 to 1.4 times as fast.
 
     Args:
-        env: Env.
         params: the network's.
         env_states: every leaf [T + 1, N, ...].
         outputs: (logits [T + 1, N, A], values [T + 1, N]), the network's with these params in these states.
         piece: the most states at a time on a CPU. An accelerator takes all at once.
-    Returns:
-        outputs.
     """
 
     def backward(num_at_once, params, env_states, cotangents):
@@ -277,14 +258,11 @@ def with_gradient(env, params, env_states, outputs, piece=64):
 
     num_states = outputs[1].size
     piece = max(d for d in range(1, min(piece, num_states) + 1) if num_states % d == 0)
-    on_cpu, elsewhere = partial(backward, piece), partial(backward, num_states)
-    each = lambda residuals, cotangents: jax.lax.platform_dependent(
-        *residuals, cotangents, cpu=on_cpu, default=elsewhere
-    )
+    on = dict(cpu=partial(backward, piece), default=partial(backward, num_states))
     known = jax.custom_vjp(lambda params, env_states, outputs: outputs)
     known.defvjp(
         lambda params, env_states, outputs: (outputs, (params, env_states)),
-        lambda residuals, cotangents: (each(residuals, cotangents), None, None),
+        lambda residuals, cotangents: (jax.lax.platform_dependent(*residuals, cotangents, **on), None, None),
     )
     return known(params, env_states, outputs)
 
