@@ -27,20 +27,15 @@ In the pipeline: pipeline.make_task(learner, make_optimizer, config, estimator=e
 
 Example (an agent is one number w that grows by exp(theta) per update, and pays -w^2):
     import jax, jax.numpy as jnp, optax, evolution
-    from typing import NamedTuple
-    class Agent(NamedTuple):
-        w: jax.Array
-        opt_state: tuple
-    class Learner(NamedTuple):
-        init: object
-        update: object
+    from types import SimpleNamespace
     def init(key, optimizer):
-        return Agent(jnp.zeros(()), optimizer.init(0.0))
+        return jnp.zeros(()), optimizer.init(0.0)
     def update(optimizer, agent, key):
-        updates, opt_state = optimizer.update(jnp.ones(()), agent.opt_state)
-        agent = Agent(agent.w - updates, opt_state)
-        return agent, {"reward": -agent.w**2}
-    estimator = evolution.nres(sigma=0.1)(Learner(init, update), lambda theta: optax.sgd(jnp.exp(theta)), inner_updates=4)
+        w, opt_state = agent
+        updates, opt_state = optimizer.update(-jnp.ones(()), opt_state)
+        return (w + updates, opt_state), {"reward": -((w + updates) ** 2)}
+    learner = SimpleNamespace(init=init, update=update)
+    estimator = evolution.nres(sigma=0.1)(learner, lambda theta: optax.sgd(jnp.exp(theta)), inner_updates=4)
     theta, key = jnp.log(0.1), jax.random.key(0)
     pair = estimator.init(theta, key)
     for key in jax.random.split(key, 5):
@@ -106,14 +101,12 @@ def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner
 
     def perturb(meta_params, pair, key):
         """The epsilon and the xi of this meta-step."""
-        begins_again = (pair.age > 0) & (pair.age % max(noise_interval, 1) == 0) & (noise_interval > 0)
-        if not reuse_noise:
-            epsilon = draw(key, meta_params)
-            return epsilon, jax.tree.map(lambda x, e: jnp.where(begins_again, 0, x) + e, pair.xi, epsilon)
-        if noise_interval == 0:
-            return pair.xi, pair.xi
-        xi = jax.tree.map(lambda x, e: jnp.where(begins_again, e, x), pair.xi, draw(key, meta_params))
-        return xi, xi
+        begins_again = (pair.age > 0) & (pair.age % noise_interval == 0) if noise_interval else False
+        new = draw(key, meta_params)
+        if reuse_noise:
+            xi = jax.tree.map(lambda x, e: jnp.where(begins_again, e, x), pair.xi, new)
+            return xi, xi
+        return new, jax.tree.map(lambda x, e: jnp.where(begins_again, 0, x) + e, pair.xi, new)
 
     def step(meta_params, pair, key):
         epsilon_key, unroll_key = jax.random.split(key)

@@ -26,23 +26,17 @@ by rounding only.
 
 Example (a unit is one number w with loss w^2 / 2; the learned optimizer has one parameter, the log of its step size):
     import jax, jax.numpy as jnp, optax, pipeline
-    from typing import NamedTuple
-    class Agent(NamedTuple):
-        params: jax.Array
-        opt_state: tuple
-    class Learner(NamedTuple):
-        init: object
-        update: object
-        loss: object
+    from types import SimpleNamespace
     def init(key, optimizer):
-        return Agent(jax.random.normal(key), optimizer.init(0.0))
+        return jax.random.normal(key), optimizer.init(0.0)
     def update(optimizer, agent, key):
-        updates, opt_state = optimizer.update(agent.params, agent.opt_state)      # the gradient of w^2 / 2 is w
-        return Agent(agent.params + updates, opt_state), {}
+        w, opt_state = agent
+        updates, opt_state = optimizer.update(w, opt_state)                       # the gradient of w^2 / 2 is w
+        return (w + updates, opt_state), {}
     def loss(agent, key):
-        return agent.params**2 / 2, (agent, {})
-    config = pipeline.Config(num_units=8, reset_interval=4)
-    task = pipeline.make_task(Learner(init, update, loss), lambda log_step: optax.sgd(jnp.exp(log_step)), config)
+        return agent[0] ** 2 / 2, (agent, {})
+    learner, config = SimpleNamespace(init=init, update=update, loss=loss), pipeline.Config(num_units=8, reset_interval=4)
+    task = pipeline.make_task(learner, lambda log_step: optax.sgd(jnp.exp(log_step)), config)
     meta_optimizer, key = optax.adam(0.1), jax.random.key(0)
     state = pipeline.init([task], meta_optimizer, jnp.log(0.01), key)
     for _ in range(100):
@@ -113,8 +107,7 @@ def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
         state: MetaState of init.
         key: the run's key, the same in every step.
         task_grad_norm: if given, each task's meta-gradient is rescaled to this norm (an option of the paper's six-task run: 0.5).
-    Returns:
-        (MetaState, a dict of metrics per task: those of make_task, and skipped, whether its meta-gradient was not finite)
+    Returns: (MetaState, a dict of metrics per task: those of make_task, and skipped, whether its meta-gradient was not finite)
     """
     # (1) to (4): in every task, reset the units that are due, let all of them learn, and average their meta-gradients.
     results = [
@@ -156,16 +149,9 @@ def meta_gradient(learner, make_optimizer, inner_updates, meta_params, agent, ke
 
     The agent's state at the start counts as given, however it came about: the gradient is truncated to these M updates.
 
-    Args:
-        learner: Learner.
-        make_optimizer: meta_params -> optax.GradientTransformation.
-        inner_updates: M.
-        meta_params: pytree.
-        agent: AgentState.
-        key: jax PRNG key.
-    Returns:
-        (meta_grads like meta_params, agent after the updates, metrics: meta_loss, and those of the learner, averaged over
-        the rollouts of the updates and of the meta-loss)
+    Args: agent: AgentState; the others as in make_task.
+    Returns: (meta_grads like meta_params, agent after the updates, metrics: meta_loss, and those of the learner, averaged
+        over the rollouts of the updates and of the meta-loss)
     """
     unroll_key, loss_key = jax.random.split(key)
 
@@ -181,10 +167,7 @@ def meta_gradient(learner, make_optimizer, inner_updates, meta_params, agent, ke
 
 def gradient(learner, make_optimizer, inner_updates):
     """The paper's Estimator; a unit's state is an AgentState. evolution.pes and evolution.nres make others."""
-
-    def init(meta_params, key):
-        return learner.init(key, make_optimizer(meta_params))
-
+    init = lambda meta_params, key: learner.init(key, make_optimizer(meta_params))
     return Estimator(init, partial(meta_gradient, learner, make_optimizer, inner_updates))
 
 
@@ -224,14 +207,11 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None, estimator=gra
         learner: Learner.
         make_optimizer: meta_params -> optax.GradientTransformation, for example
             lambda meta_params: optax.chain(optax.clip(1.0), optim4rl.optim4rl(alpha, meta_params)).
-        config: Config.
         mesh: jax.sharding.Mesh with the one axis "units"; default: one device.
         estimator: (learner, make_optimizer, inner_updates) -> Estimator: gradient, evolution.pes(sigma), evolution.nres(sigma).
-    Returns:
-        Task. Its metrics are means over the healthy units, and diverged, the number of the others: units whose metrics or
+    Returns: Task. Its metrics are means over the healthy units, and diverged, the number of the others: units whose metrics or
         meta-gradient were not finite, which are reset in the next step.
-    Raises:
-        ValueError: sizes below one, or units that the devices cannot share equally.
+    Raises: ValueError: sizes below one, or units that the devices cannot share equally.
     """
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("units",)) if mesh is None else mesh
     num_devices = mesh.devices.size
@@ -239,8 +219,8 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None, estimator=gra
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     local_units = config.num_units // num_devices
     units_at_once = config.units_at_once or (1 if on_cpu else local_units)
-    # A batch of one is a plain loop, in which a reset that is not due costs nothing.
-    each = lambda f, *xs: jax.lax.map(lambda x: f(*x), xs, batch_size=None if units_at_once == 1 else units_at_once)
+    # None: a plain loop, in which a reset that is not due costs nothing.
+    batch_size = None if units_at_once == 1 else units_at_once
     init_unit, step_unit = estimator(learner, make_optimizer, config.inner_updates)
 
     def live(meta_params, unit, unit_id, meta_step, key):
@@ -254,8 +234,8 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None, estimator=gra
     def step_local(meta_params, units, meta_step, key):
         """(1) to (4) for the units of one device; the means are over those of all devices."""
         unit_ids = jax.lax.axis_index("units") * local_units + jnp.arange(local_units)
-        live_now = lambda unit, unit_id: live(meta_params, unit, unit_id, meta_step, key)
-        meta_grads, units, metrics = each(live_now, units, unit_ids)
+        live_now = lambda unit_and_id: live(meta_params, *unit_and_id, meta_step, key)
+        meta_grads, units, metrics = jax.lax.map(live_now, (units, unit_ids), batch_size=batch_size)
         num_healthy = jax.lax.psum(units.healthy.sum(), "units")
 
         def mean(x):  # NaN, which meta_step skips, where no unit is healthy
