@@ -70,11 +70,7 @@ class Optim4RLState(NamedTuple):
 def init_meta_params(key, hidden_size=8):
     """Meta-parameters of an untrained rule. The gates of a GRU are stacked in the order reset, update, candidate.
 
-    Args:
-        key: jax PRNG key.
-        hidden_size: H >= 1.
-    Returns:
-        {"m": moment, "v": moment} with moment = {"input_kernel" [3H], "input_bias" [3H], "recurrent_kernel" [3H, H],
+    Returns: {"m": moment, "v": moment} with moment = {"input_kernel" [3H], "input_bias" [3H], "recurrent_kernel" [3H, H],
         "candidate_bias" [H], "readout_kernel" [H], "readout_bias" []}; float32, or float64 under jax_enable_x64.
     """
     if hidden_size < 1:
@@ -85,10 +81,9 @@ def init_meta_params(key, hidden_size=8):
         # Clocks: without input a hidden unit moves from 0 towards 1 or -1, 1 / timescale at each update.
         b_z = jnp.log(jnp.geomspace(*TIMESCALES, hidden_size) - 1)
         b_n = jax.random.rademacher(sign_key, (hidden_size,), b_z.dtype)
-        lecun_normal = jax.nn.initializers.lecun_normal()
         orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (hidden_size, hidden_size)))
         return {
-            "input_kernel": lecun_normal(input_key, (1, 3 * hidden_size))[0],  # fan-in 1: the gradient
+            "input_kernel": jax.nn.initializers.lecun_normal()(input_key, (1, 3 * hidden_size))[0],
             "input_bias": jnp.concatenate([jnp.zeros(hidden_size), b_z, b_n]),
             "recurrent_kernel": orthogonal(jax.random.split(recurrent_key, 3)).reshape(3 * hidden_size, hidden_size),
             "candidate_bias": jnp.zeros(hidden_size),
@@ -180,10 +175,8 @@ def optim4rl(learning_rate, meta_params, eps=1e-8):
         learning_rate: alpha > 0, or an optax schedule: count -> alpha.
         meta_params: see init_meta_params; the rule is computed in their dtype.
         eps: the paper's eps, under the square root.
-    Returns:
-        optax.GradientTransformationExtraArgs with Optim4RLState. Updates have the dtype of gradient + parameter.
-    Raises:
-        TypeError: a leaf is neither real numbers nor None; the message names it.
+    Returns: optax.GradientTransformationExtraArgs with Optim4RLState. Updates have the dtype of gradient + parameter.
+    Raises: TypeError: a leaf is neither real numbers nor None; the message names it.
     """
     hidden_size, dtype = meta_params["m"]["candidate_bias"].shape[0], meta_params["m"]["candidate_bias"].dtype
 
@@ -198,19 +191,18 @@ def optim4rl(learning_rate, meta_params, eps=1e-8):
 
     def update_fn(grads, state, params=None):
         jax.tree.map_with_path(check_leaf, grads)
-        kept, treedef = jax.tree.flatten(grads, is_leaf=is_none)  # a leaf without gradient keeps its hidden state
-        m, v = treedef.flatten_up_to(state.m), treedef.flatten_up_to(state.v)
-        params = [None] * len(kept) if params is None else treedef.flatten_up_to(params)
+        updates, treedef = jax.tree.flatten(grads, is_leaf=lambda g: g is None)
+        m, v, params = map(treedef.flatten_up_to, (state.m, state.v, grads if params is None else params))
+        chosen = [i for i, g in enumerate(updates) if g is not None]  # without gradient a leaf keeps its hidden state
         # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
-        chosen = [i for i, g in enumerate(kept) if g is not None]
-        leaves = [(m[i], v[i], jax.lax.stop_gradient(jnp.asarray(kept[i], dtype))) for i in chosen]
+        leaves = [(m[i], v[i], jax.lax.stop_gradient(jnp.asarray(updates[i], dtype))) for i in chosen]
         # The gates are 20 times the hidden state: the backward pass does not keep them but computes them again.
         rule = jax.checkpoint(partial(update_rule, meta_params, eps), prevent_cse=False)
         leaves = _in_pieces(rule, leaves) if _on_one_cpu(leaves) else [rule(*leaf) for leaf in leaves]
         alpha = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        updates = list(kept)
         for i, (h1, h2, delta) in zip(chosen, leaves):
-            m[i], v[i], updates[i] = h1, h2, (alpha * delta).astype(update_dtype(kept[i], params[i], dtype))
+            m[i], v[i] = h1, h2
+            updates[i] = (alpha * delta).astype(jnp.result_type(updates[i], params[i], float))
         m, v, updates = map(treedef.unflatten, (m, v, updates))
         return updates, Optim4RLState(optax.safe_increment(state.count), m, v)
 
@@ -220,21 +212,11 @@ def optim4rl(learning_rate, meta_params, eps=1e-8):
 OPTIM4RL = LearnedOptimizer(init=init_meta_params, make=optim4rl)
 
 
-def is_none(x):
-    return x is None
-
-
 def check_leaf(path, leaf):
     """Raises TypeError for a leaf that holds no real numbers, and names it."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    dtype = getattr(leaf, "dtype", type(leaf))
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"Optim4RL updates real numbers; leaf {jax.tree_util.keystr(path) or 'itself'} is {dtype}")
-
-
-def update_dtype(g, p, dtype):
-    """What adding g to p would give, as with optax.adam; dtype where both are integers."""
-    result = jnp.result_type(g) if p is None else jnp.result_type(g, p)
-    return result if jnp.issubdtype(result, jnp.floating) else dtype
 
 
 def _in_pieces(rule, leaves):

@@ -124,8 +124,7 @@ def make(env, config=Config()):
         env: Env of pure functions of one environment, with obs_shape (D,) and action_size; its step returns
             (state, reward, done, truncation) and restarts by itself, also where its simulation diverged.
         config: Config.
-    Returns:
-        Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
+    Returns: Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
         the running episodes); invalid_steps; episode_return_sum, episode_length_sum, episodes: of those that ended.
     """
     if len(env.obs_shape) != 1:
