@@ -74,8 +74,7 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
         episode_length: time limit in Brax's steps; an action applied k times takes k of them.
         action_repeat: how many steps each action lasts; their rewards are added.
         backend: Brax's physics, one of BACKENDS; the paper's is "spring".
-    Returns: Env.
-    Raises: ValueError: an unknown name or backend, or a size below one.
+    Returns: Env. Raises: ValueError: an unknown name or backend, or a size below one.
     """
     for size, steps in (("episode_length", episode_length), ("action_repeat", action_repeat)):
         if not isinstance(steps, Integral) or steps < 1:
@@ -113,10 +112,7 @@ def make(name, episode_length=1000, action_repeat=1, backend="spring"):
 
 
 def load_robot(name, backend="spring"):
-    """Brax's own environment of that name, without a time limit: its bodies are in .sys, its time step in .dt.
-
-    Raises: ValueError: an unknown name or backend.
-    """
+    """Brax's own environment of that name (else ValueError), with no time limit: bodies in .sys, time step in .dt."""
     if name not in NAMES:
         raise ValueError(f"unknown Brax task {name!r}; known: {', '.join(NAMES)}")
     if backend not in BACKENDS:

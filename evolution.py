@@ -35,30 +35,22 @@ Example (an agent is one number w that grows by exp(theta) per update, and pays 
         updates, opt_state = optimizer.update(-jnp.ones(()), opt_state)
         return (w + updates, opt_state), {"reward": -((w + updates) ** 2)}
     learner = SimpleNamespace(init=init, update=update)
-    estimator = evolution.nres(sigma=0.1)(learner, lambda theta: optax.sgd(jnp.exp(theta)), inner_updates=4)
+    init, step = evolution.nres(sigma=0.1)(learner, lambda theta: optax.sgd(jnp.exp(theta)), inner_updates=4)
     theta, key = jnp.log(0.1), jax.random.key(0)
-    pair = estimator.init(theta, key)
+    pair = init(theta, key)
     for key in jax.random.split(key, 5):
-        meta_grads, pair, metrics = estimator.step(theta, pair, key)
+        meta_grads, pair, metrics = step(theta, pair, key)
     print(meta_grads)                                                    # positive: smaller steps would pay more
 
 Copy this file: needs jax >= 0.10, optax >= 0.2.5.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-
-
-class Estimator(NamedTuple):
-    """How one unit estimates the meta-gradient; the same record as pipeline.Estimator."""
-
-    init: Callable  # (meta_params, key) -> state of a new unit
-    step: Callable  # (meta_params, state, key) -> (meta_grads, state, metrics)
 
 
 class Pair(NamedTuple):
@@ -84,10 +76,12 @@ def pes(sigma, noise_interval=0):
 
 
 def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner_updates):
-    """The Estimator of nres (reuse_noise) or pes. A unit's state is a Pair.
+    """What nres (reuse_noise) and pes estimate with. A unit's state is a Pair.
 
     The loss is what an agent is for, which its own loss is not: minus the metric "objective" of a learner that has it, else
     minus the mean reward. (The mean reward is blind to falling where each step that an agent survives pays the same.)
+
+    Returns: init: (meta_params, key) -> Pair of a new unit; step: (meta_params, Pair, key) -> (meta_grads, Pair, metrics).
     """
 
     def draw(key, meta_params):
@@ -126,4 +120,4 @@ def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner
         metrics = jax.tree.map(jnp.mean, metrics) | {"meta_loss": losses.mean()}
         return meta_grads, Pair(agents, xi, pair.age + 1), metrics
 
-    return Estimator(init, step)
+    return init, step

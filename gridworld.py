@@ -25,7 +25,7 @@ Example:
 
 NOTE: a respawning object may land on any cell, an occupied one too, as in the reference (github.com/sail-sg/optim4rl).
 NOTE: no observation shows the step count, so an agent cannot see the horizon come. The horizon is a true end all the
-same: `done` does not tell it from the end that a bad object makes. The reference does so too.
+same: `done` does not tell it from the end that a bad object makes, as in the reference.
 Copy this file: needs jax >= 0.10.
 """
 
@@ -72,20 +72,20 @@ class State(NamedTuple):
     time: jax.Array  # [] int32 steps since the episode began
 
 
-def pairs(number, respawn_prob):
-    """As many good objects as bad ones. A good one never ends the episode, a bad one half of the time."""
+def _pairs(number, respawn_prob):
+    """Good objects (reward 1, never the end of an episode) and as many bad ones (-1, the end with probability .5)."""
     return (Object(1.0, 0.0, respawn_prob),) * number + (Object(-1.0, 0.5, respawn_prob),) * number
 
 
 GRIDWORLDS = {  # height, width, objects, horizon
-    "small_sparse_short": World(3, 8, pairs(1, 0.05), 50),
-    "small_sparse_long": World(8, 3, pairs(1, 0.05), 500),
-    "small_dense_short": World(4, 6, pairs(1, 0.5), 50),
-    "small_dense_long": World(6, 4, pairs(1, 0.5), 500),
-    "big_sparse_short": World(10, 12, pairs(2, 0.05), 50),
-    "big_sparse_long": World(12, 10, pairs(2, 0.05), 500),
-    "big_dense_short": World(9, 13, pairs(2, 0.5), 50),
-    "big_dense_long": World(13, 9, pairs(2, 0.5), 500),
+    "small_sparse_short": World(3, 8, _pairs(1, 0.05), 50),
+    "small_sparse_long": World(8, 3, _pairs(1, 0.05), 500),
+    "small_dense_short": World(4, 6, _pairs(1, 0.5), 50),
+    "small_dense_long": World(6, 4, _pairs(1, 0.5), 500),
+    "big_sparse_short": World(10, 12, _pairs(2, 0.05), 50),
+    "big_sparse_long": World(12, 10, _pairs(2, 0.05), 500),
+    "big_dense_short": World(9, 13, _pairs(2, 0.5), 50),
+    "big_dense_long": World(13, 9, _pairs(2, 0.5), 500),
 }
 NAMES = (*GRIDWORLDS, "catch")
 
@@ -96,10 +96,8 @@ def make(name, reward_scale=1.0, truncation=False):
     Args:
         name: one of NAMES.
         reward_scale: factor on every reward (the paper scales rewards in meta-training only).
-        truncation: step also returns whether the horizon alone ended the episode, as its fourth output. (The reference does
-            not tell, so its agents take the horizon for a true end. Catch has no horizon.)
-    Returns: Env.
-    Raises: ValueError: unknown name.
+        truncation: step also returns whether the horizon alone ended the episode, as its fourth output. (Catch has none.)
+    Returns: Env. Raises: ValueError: unknown name.
     """
     if name == "catch":
         return _make_catch(reward_scale)

@@ -55,7 +55,7 @@ PIECE = 2048  # scalars whose gates fit the cache of a CPU's core
 
 
 class LearnedOptimizer(NamedTuple):
-    """The common form of all learned optimizers."""
+    """What every learned optimizer of this project offers."""
 
     init: Callable  # key -> meta_params
     make: Callable  # (learning_rate, meta_params) -> optax.GradientTransformation
@@ -102,8 +102,7 @@ def init_like_rmsprop(hidden_size=8):
     gate is shut, so that h2 = tanh(w x^2) with w from .03 to 100. Their read-out is fitted to -log x^2 by least squares. All
     other units are clocks that see no input; their read-out is zero.
 
-    Args: hidden_size: H >= 2.
-    Returns: see init_meta_params.
+    Args: hidden_size: H >= 2. Returns: see init_meta_params.
     """
     if hidden_size < 2:
         raise ValueError(f"hidden_size is {hidden_size}; it must be at least 2")
@@ -242,7 +241,7 @@ def _in_pieces(rule, leaves):
 
 
 def _on_one_cpu(leaves):
-    """Whether to cut leaves: an accelerator takes one at once, and one that devices share would be gathered."""
+    """Whether to cut leaves. An accelerator takes a whole leaf at once; a leaf that devices share would be gathered."""
     mesh = jax.sharding.get_abstract_mesh()
     in_shard_map = mesh.are_all_axes_manual and not mesh.empty
     is_sharded = any(axis is not None for _, _, g in leaves for axis in jax.typeof(g).sharding.spec)  # explicit mesh

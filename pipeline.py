@@ -84,13 +84,6 @@ class Unit(NamedTuple):
     healthy: jax.Array  # [] bool: it has begun, and all of it was finite in the last meta-step
 
 
-class Estimator(NamedTuple):
-    """How one unit estimates the meta-gradient."""
-
-    init: Callable  # (meta_params, key) -> state of a new unit
-    step: Callable  # (meta_params, state, key) -> (meta_grads, state, metrics)
-
-
 class MetaState(NamedTuple):
     step: jax.Array  # [] int32, meta-steps done
     meta_params: Any
@@ -127,14 +120,13 @@ def reset_due(meta_step, unit, num_units, reset_interval, resets="staggered"):
     """(1) Whether a unit is reset at a meta-step.
 
     Args: meta_step, unit: integers, or integer arrays that broadcast; num_units: n; reset_interval: m, 0 for never;
-        resets: "staggered", "synchronised" or "none".
+        resets: one of RESETS.
     Returns: bool array.
     """
-    shape = jnp.broadcast_shapes(jnp.shape(meta_step), jnp.shape(unit))
     if resets == "none" or reset_interval == 0:
-        return jnp.zeros(shape, bool)
+        return jnp.zeros(jnp.broadcast_shapes(jnp.shape(meta_step), jnp.shape(unit)), bool)
     if resets == "synchronised":
-        return jnp.broadcast_to(meta_step % reset_interval == 0, shape)
+        unit = 0 * unit  # every unit when the first one is
     # meta_step mod m == floor(linspace(0, m - 1, n))[unit]
     return meta_step % reset_interval == unit * (reset_interval - 1) // max(num_units - 1, 1)
 
@@ -166,9 +158,9 @@ def meta_gradient(learner, make_optimizer, inner_updates, meta_params, agent, ke
 
 
 def gradient(learner, make_optimizer, inner_updates):
-    """The paper's Estimator; a unit's state is an AgentState. evolution.pes and evolution.nres make others."""
+    """The paper's estimator for make_task; a unit's state is an AgentState."""
     init = lambda meta_params, key: learner.init(key, make_optimizer(meta_params))
-    return Estimator(init, partial(meta_gradient, learner, make_optimizer, inner_updates))
+    return init, partial(meta_gradient, learner, make_optimizer, inner_updates)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -208,7 +200,9 @@ def make_task(learner, make_optimizer, config=Config(), mesh=None, estimator=gra
         make_optimizer: meta_params -> optax.GradientTransformation, for example
             lambda meta_params: optax.chain(optax.clip(1.0), optim4rl.optim4rl(alpha, meta_params)).
         mesh: jax.sharding.Mesh with the one axis "units"; default: one device.
-        estimator: (learner, make_optimizer, inner_updates) -> Estimator: gradient, evolution.pes(sigma), evolution.nres(sigma).
+        estimator: how one unit estimates the meta-gradient: (learner, make_optimizer, inner_updates) -> (init, step) with
+            init: (meta_params, key) -> state of a new unit; step: (meta_params, state, key) -> (meta_grads, state, metrics).
+            Others than gradient: evolution.pes(sigma), evolution.nres(sigma).
     Returns: Task. Its metrics are means over the healthy units, and diverged, the number of the others: units whose metrics or
         meta-gradient were not finite, which are reset in the next step.
     Raises: ValueError: sizes below one, or units that the devices cannot share equally.

@@ -118,12 +118,9 @@ class Trajectories(NamedTuple):
 
 
 def make(env, config=Config()):
-    """PPO on env.
+    """PPO on env, an Env of pure functions of one environment, with obs_shape (D,) and action_size. Its step returns
+    (state, reward, done, truncation) and restarts by itself, also where its simulation diverged.
 
-    Args:
-        env: Env of pure functions of one environment, with obs_shape (D,) and action_size; its step returns
-            (state, reward, done, truncation) and restarts by itself, also where its simulation diverged.
-        config: Config.
     Returns: Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
         the running episodes); invalid_steps; episode_return_sum, episode_length_sum, episodes: of those that ended.
     """

@@ -18,13 +18,13 @@ def test_evolution_strategies_are_those_of_a_numpy_loop(monkeypatch, name, backe
     draws in each, and that nres keeps."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     sigma, random = 0.1, jax.random.key(3)
-    estimator = getattr(evolution, name)(sigma)(noisy_learner(), make_optimizer, 3)
-    pair = estimator.init(THETA, random)
+    init, step = getattr(evolution, name)(sigma)(noisy_learner(), make_optimizer, 3)
+    pair = init(THETA, random)
     draw = lambda key: jax.tree.map(lambda e: sigma * float(e), optax.tree.random_like(key, THETA))
     only_epsilon, total = draw(jax.random.split(random)[1]), {"log_rate": 0.0, "decay": 0.0}
     params, momentum = np.array(pair.agents.params), np.zeros((2, 3))
     for key in jax.random.split(random, 3):
-        meta_grads, pair, metrics = estimator.step(THETA, pair, key)
+        meta_grads, pair, metrics = step(THETA, pair, key)
         epsilon_key, unroll_key = jax.random.split(key)
         epsilon = draw(epsilon_key) if name == "pes" else only_epsilon
         total = {name: total[name] + epsilon[name] for name in total} if name == "pes" else only_epsilon
@@ -70,10 +70,10 @@ def test_evolution_strategies_see_the_whole_life_where_the_gradient_sees_its_las
 @pytest.mark.parametrize("name", ["pes", "nres"])
 def test_noise_begins_again_at_an_interval_of_its_own(name):
     """nres keeps one epsilon for three meta-steps, then another; the sum of pes begins again at zero."""
-    estimator = getattr(evolution, name)(0.1, noise_interval=3)(noisy_learner(), make_optimizer, 1)
-    pair, seen = estimator.init(THETA, jax.random.key(0)), []
+    init, step = getattr(evolution, name)(0.1, noise_interval=3)(noisy_learner(), make_optimizer, 1)
+    pair, seen = init(THETA, jax.random.key(0)), []
     for key in jax.random.split(jax.random.key(1), 7):
-        _, pair, _ = estimator.step(THETA, pair, key)
+        _, pair, _ = step(THETA, pair, key)
         new = optax.tree.random_like(jax.random.split(key)[0], THETA)
         seen.append((float(pair.xi["decay"]), 0.1 * float(new["decay"])))
     xi, new = np.transpose(seen)
