@@ -109,7 +109,7 @@ def make(env, config=Config()):
     def rollout_loss(params, agent_state, key):
         agent_state, rollout, metrics = collect(env, config, params, agent_state, key)
         logits, values = with_gradient(env, params, rollout.env_states, rollout.outputs)
-        loss, _ = a2c_loss(logits, values, *rollout[2:5], config, rollout.truncations)
+        loss, _ = a2c_loss(logits, values, rollout.actions, rollout.rewards, rollout.dones, config, rollout.truncations)
         return loss, (agent_state, metrics | {"loss": loss})
 
     def update(optimizer, agent_state, key):

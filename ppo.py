@@ -267,8 +267,8 @@ def gae(rewards, values, bootstrap, terminated, truncated, discount, gae_lambda)
 
 
 def log_prob(loc, scale, raw_action):
-    """log pi(a|s) = sum_i log N(u_i; loc_i, scale_i) - log |da_i/du_i|; [..., A] -> [...].
-    A function of u, not of a: tanh is not invertible in floating point where it saturates."""
+    """log pi(a|s) = sum_i log N(u_i; loc_i, scale_i) - log |da_i/du_i|; [..., A] -> [...]."""
+    # A function of u, not of a: tanh is not invertible in floating point where it saturates.
     log_normal = -0.5 * ((raw_action - loc) / scale) ** 2 - jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
     return (log_normal - log_det_tanh(raw_action)).sum(-1)
 

@@ -60,7 +60,7 @@ class LearnedOptimizer(NamedTuple):
 
 
 class StarState(NamedTuple):
-    """Each field but count is a tree like the parameters. Those four of one leaf are its averages."""
+    """Each field but count is a tree like the parameters. The four arrays of one leaf are called its averages."""
 
     count: jax.Array  # [] int32, updates so far
     m: Any  # [3, *leaf]
