@@ -174,7 +174,7 @@ def gated_adam(learning_rate, meta_params=WEIGHTS, fans=None, eps=1e-16):
         def real(path, g, m):
             if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
                 return None
-            state_dtype(path, g)
+            state_dtype(path, g)  # TypeError for what holds no real numbers
             # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
             return jax.lax.stop_gradient(jnp.asarray(g, m.dtype))
 

@@ -147,7 +147,7 @@ def l2lgd2(learning_rate, meta_params):
         def step(path, g, h, p):
             if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
                 return None, h
-            state_dtype(path, g)
+            state_dtype(path, g)  # TypeError for what holds no real numbers
             # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
             new_h, delta = rule(meta_params, h, jax.lax.stop_gradient(jnp.asarray(g, h.dtype)))
             return (alpha * delta).astype(jnp.result_type(g, p, float)), new_h.astype(h.dtype)

@@ -203,7 +203,7 @@ def star(learning_rate, meta_params, nominal_stepsize=1e-3):
         def step(path, g, p, *averages):
             if g is None:  # no gradient, no update: equinox marks leaves that are not trained so
                 return None, *averages
-            state_dtype(path, g)
+            state_dtype(path, g)  # TypeError for what holds no real numbers
             dtype = averages[0].dtype
             # No derivative flows through the gradients: the meta-gradient is first-order in the agent's loss.
             gradient = jax.lax.stop_gradient(jnp.asarray(g, dtype))
