@@ -17,6 +17,7 @@ RESULTS = runs.ROOT / "results"
 NAMES = {"untrained": "sign_descent", "adam_99": "adam_0.99_corrected", "rmsprop_99": "rmsprop_0.99_corrected"}
 BASELINES = statistics.BASELINES
 HAND = ("sign_descent", *BASELINES)
+FALLING = "rmsprop_0.9_corrected_falling"  # the best of the hand-designed settings on small worlds
 GATED = ("gated_adam", "untrained_gated_adam", *HAND)
 BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long")
 WORLDS = ("small_dense_short", "small_dense_long", *BIG, "small_sparse_short", "small_sparse_long", "catch")
@@ -125,13 +126,13 @@ def mean_ratio(rows, tasks, optimizer, units, name="area"):
     return number(np.mean([rows[task, optimizer][name] / unit for task, unit in zip(tasks, better)]))
 
 
-def score(rows, tasks, optimizer, name="area"):
+def score(rows, tasks, optimizer, name="area", baselines=BASELINES):
     """statistics.scores of one optimizer. The tuning runs are not kept: better is the baseline with the larger reported mean."""
     areas = {pair: row[f"{name}_runs"] for pair, row in rows.items() if pair[0] in tasks and f"{name}_runs" in row}
     if any((task, optimizer) not in areas for task in tasks):
         return "runs not kept"
     means = {pair: float(statistics.iqm(values)) for pair, values in areas.items()}
-    return span(*statistics.scores(areas, means)[0][optimizer])
+    return span(*statistics.scores(areas, means, baselines)[0][optimizer])
 
 
 # --- Contents
@@ -167,6 +168,11 @@ def pendulum_units():
     learned = ["meta-trained", *(mean("pendulum_meta", at) for at in (12, 24, 36, 84))]
     held = ["optimizer held as it was", *(mean("pendulum_control", at) for at in (12, 24, 36)), "not run"]
     return markdown("return in meta-steps | 12 to 23 | 24 to 35 | 36 to 47 | 84 to 95", learned, held)
+
+
+def six_worlds():
+    """measured, of the shipped Optim4RL at the paper's size, a fair opponent, and what was measured beside GatedAdam."""
+    return beside_gated_adam() | measured("six_worlds")
 
 
 def gated_scores():
@@ -236,6 +242,12 @@ CONTENTS = {
     "robots": lambda: per_pair(measured("transfer")),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
+    "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, *HAND)),
+    "six_worlds_final": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, *HAND), "final"),
+    "six_worlds_all": lambda: score(six_worlds(), WORLDS[:6], "optim4rl"),
+    "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),
+    "six_worlds_small": lambda: score(six_worlds(), WORLDS[:2], "optim4rl"),
+    "six_worlds_big_falling": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(FALLING,)),
     "gated_scores": gated_scores,
     "gated_worlds": lambda: per_task(beside_gated_adam(), WORLDS, GATED),
     "gated_robots": lambda: per_task(beside_gated_adam(), ROBOTS + MORE_ROBOTS, GATED),
