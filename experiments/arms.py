@@ -24,22 +24,14 @@ def learned(config, mesh):
 
 
 def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tuning_seeds=agents.TUNING_SEEDS, seed=0):
-    """agents.Tuned of an optimizer on a task, its runs kept in the folder under a label; num_seeds 0: (alpha, area) of tuning.
+    """agents.Tuned of an optimizer on a task, its runs kept in the folder under a label; num_seeds 0: only tuned.
 
     The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
     """
     key = agents.task_key(seed, task.name)
-    with stops.graceful_stop() as signals:
-
-        def progress(part):
-            if signals:
-                raise SystemExit(128 + signals[0])
-
-        play_key = jax.random.fold_in(key, 2)  # tuning and reporting have the two keys of split(key)
-        store = partial(kept.kept_runs, folder, task, label, play_key, {}, kept.SECONDS)
-        if not num_seeds:
-            return agents.tune(task, optimizer, rates, key, mesh, steps, progress, store("tuning"), tuning_seeds)
-        return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, progress, store, tuning_seeds)
+    play_key = jax.random.fold_in(key, 2)  # tuning and reporting have the two keys of split(key)
+    store = partial(kept.kept_runs, folder, task, label, play_key, {}, kept.SECONDS)
+    return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, store, tuning_seeds)
 
 
 def run(name, config, mesh, body, time_limit=None):
@@ -49,8 +41,7 @@ def run(name, config, mesh, body, time_limit=None):
         (folder / part).mkdir(exist_ok=True)
     print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; results in {folder}")
     how_to_resume = runs.how_to_resume(f"-m experiments.{name}", folder)
-    # What begins after a signal ends at once.
-    with runs.only_one(folder), stops.told(how_to_resume), stops.graceful_stop(time_limit):
+    with runs.only_one(folder), stops.graceful_stop(how_to_resume, time_limit):
         return body(folder)
 
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec
+from tqdm import tqdm
 
 import optim4rl
-from harness import statistics, tasks
+from harness import statistics, stops, tasks
 from harness.kept import Store
 from learned_optimizers import gated_adam, l2lgd2, linear_optim, star, velo
 
@@ -30,15 +31,14 @@ LEARNED = {
     "gated_adam": gated_adam.GATED_ADAM,
     "velo": velo.VELO,
 }
-HAND_DESIGNED = ("sign_descent", "adam", "rmsprop")  # at optax's defaults, with a constant step
+# At optax's defaults, with a constant step
+HAND_DESIGNED = {"sign_descent": optax.sign_sgd, "adam": optax.adam, "rmsprop": optax.rmsprop}
 # Adam and RMSProp with every setting that helps them: {name: (kind, memory, bias correction, falling step)}. The step falls
 # linearly to 0 over the run.
 VARIANTS = {
     f"{kind}_{memory}{'_corrected' * corrected}{'_falling' * falls}": (kind, memory, corrected, falls)
-    for kind, memory, corrected, falls in itertools.product(
-        ("adam", "rmsprop"), (0.9, 0.99, 0.999), (False, True), (False, True)
-    )
-    if kind == "rmsprop" or corrected  # Adam corrects always
+    for kind, corrected in (("adam", True), ("rmsprop", False), ("rmsprop", True))  # Adam corrects always
+    for memory, falls in itertools.product((0.9, 0.99, 0.999), (False, True))
 }
 UNTRAINED = {f"untrained_{name}": name for name in LEARNED}  # a learned optimizer before meta-training
 NAMES = (*LEARNED, *HAND_DESIGNED, *UNTRAINED, *VARIANTS)
@@ -59,8 +59,10 @@ class Optimizer(NamedTuple):
 @functools.cache
 def make_rule(name, inputs="raw", num_steps=1):
     """(learning_rate, meta_params) -> optax transformation, for a name in NAMES; num_steps: optimizer steps of the whole run."""
-    if name in HAND_DESIGNED or name in VARIANTS:
-        return lambda learning_rate, meta_params: _hand_designed(name, learning_rate, num_steps)
+    if name in HAND_DESIGNED:
+        return lambda learning_rate, meta_params: HAND_DESIGNED[name](learning_rate)
+    if name in VARIANTS:
+        return lambda learning_rate, meta_params: _variant(*VARIANTS[name], learning_rate, num_steps)
     name = UNTRAINED.get(name, name)
     make = LEARNED[name].make
     if name == "velo":  # it plans its steps for the whole run
@@ -70,10 +72,7 @@ def make_rule(name, inputs="raw", num_steps=1):
     return lambda learning_rate, meta_params: normalised(make(learning_rate, meta_params))
 
 
-def _hand_designed(name, learning_rate, num_steps):
-    if name in HAND_DESIGNED:
-        return {"sign_descent": optax.sign_sgd, "adam": optax.adam, "rmsprop": optax.rmsprop}[name](learning_rate)
-    kind, memory, corrected, falls = VARIANTS[name]
+def _variant(kind, memory, corrected, falls, learning_rate, num_steps):
     step = optax.linear_schedule(learning_rate, 0.0, num_steps) if falls else learning_rate
     if kind == "adam":
         return optax.adam(step, b2=memory)
@@ -133,8 +132,11 @@ class Runs(NamedTuple):
 
 class Tuned(NamedTuple):
     alpha: float
-    runs: Runs  # with fresh seeds
+    runs: Runs | None  # with fresh seeds; None: only tuned
     tuning_area: float  # mean area with that alpha on the tuning seeds; NaN where there was nothing to tune
+    deterministic: np.ndarray | None = (
+        None  # [R] a robot's mean return in episodes without noise, at the end of each run
+    )
 
 
 @functools.cache
@@ -171,8 +173,8 @@ def _compiled(task, rule, mesh, updates):
     return shard(init, (one, many, many)), shard(advance, (one, many, many, many, one)), shard(evaluate, (many, many))
 
 
-def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part: None, store=Store()):
-    """Trains R fresh agents side by side.
+def train(task, optimizer, alphas, keys, mesh, steps=None, store=Store()):
+    """Trains R fresh agents side by side, under a progress bar.
 
     Args:
         task: tasks.Task.
@@ -180,10 +182,11 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
         alphas, keys: [R] learning rate and PRNG key of each run.
         mesh: jax.sharding.Mesh with the axis "units".
         steps: environment steps of each run; None: the task's own.
-        progress: called with the fraction of the work done since the last call.
         store: Store of runs; what it holds is not run again.
     Returns:
         Runs
+    Raises:
+        SystemExit: a signal came (stops.py); the agents under way are in the store.
     """
     num_updates = max(1, round((steps or task.steps) / task.steps_per_update))
     updates = max(1, num_updates // POINTS)
@@ -194,22 +197,20 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, progress=lambda part:
     due = np.diff(np.arange(points + 1) * min(task.evaluations, points) // points) > 0
     finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
     finished = [curves if np.shape(curves) == (3 + due.any(), points) else None for curves in finished]
-    left = {run for run, curves in enumerate(finished) if curves is None}
-    progress(1 - len(left) / len(alphas))
+    bar = tqdm(total=len(alphas) * points, desc=f"{task.name} {optimizer.name}", leave=False, dynamic_ncols=True)
+    bar.update(points * sum(curves is not None for curves in finished))
     for group in _groups(len(alphas), mesh, task.side_by_side):
-        new = left & set(group.tolist())
+        new = {run: i for i, run in enumerate(group.tolist()) if finished[run] is None}
         if not new:
             continue
         which = np.stack([group, np.asarray(alphas, float)[group]])
         args = (optimizer.meta_params, jnp.asarray(alphas, jnp.float32)[group], keys[group])
-        share = lambda n: progress(n * len(new) / len(alphas) / points)
-        learned, curves = _live(compiled, args, which, due, mesh, share, store)
-        for run in new:
-            i = group.tolist().index(run)
+        learned, curves = _live(compiled, args, which, due, mesh, lambda n: bar.update(n * len(new)), store)
+        for run, i in new.items():
             finished[run] = curves[i]
             store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
         store.forget()
-        left -= new
+    bar.close()
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
     return_sums, episodes, finite, *evaluated = np.stack(finished, axis=1)
     if evaluated:
@@ -225,26 +226,20 @@ def _live(compiled, args, which, due, mesh, progress, store):
     init, advance, evaluate = compiled
     curves = np.full((which.shape[1], 3 + due.any(), len(due)), np.nan)
     like = (jax.eval_shape(init, *args), curves, np.array(0))
-    if kept := store.resume(which, like):
-        agents, curves, first = kept
-        agents = jax.device_put(agents, jax.NamedSharding(mesh, PartitionSpec("units")))
-    else:
-        agents, first = init(*args), np.array(0)
+    agents, curves, first = store.resume(which, like) or (init(*args), curves, 0)
+    agents = jax.device_put(agents, jax.NamedSharding(mesh, PartitionSpec("units")))
     progress(int(first))
+    stops.end_if_received()
     saved = time.monotonic()
     for point in range(int(first), len(due)):
         agents, curves[:, :3, point] = advance(*args, agents, point)
         if due[point]:
             curves[:, 3, point] = evaluate(args[-1], agents)
-        keep = functools.partial(store.keep, which, (agents, curves, np.array(point + 1)))
-        if time.monotonic() - saved > store.seconds:
-            keep()
+        if stops.received() or time.monotonic() - saved > store.seconds:
+            store.keep(which, (agents, curves, np.array(point + 1)))
             saved = time.monotonic()
-        try:
-            progress(1)
-        except SystemExit:  # the run is stopped
-            keep()
-            raise
+            stops.end_if_received()
+        progress(1)
     return jax.device_get(agents._replace(opt_state=(), env_state=())), curves
 
 
@@ -263,47 +258,28 @@ def _on_cpu(mesh):
 def mean_returns(return_sums, episodes, finite):
     """Mean returns [R, K]; where no episode ended, the value before, and before the first one, the value after."""
     returns = np.where(episodes > 0, return_sums / np.maximum(episodes, 1), np.nan)
-    for run, counts in zip(returns, episodes):
-        known = np.flatnonzero(counts)
-        if known.size:
-            run[:] = run[known[np.maximum(np.searchsorted(known, np.arange(run.size), "right") - 1, 0)]]
-    return np.where(finite > 0, returns, np.nan)
-
-
-def tune(
-    task, optimizer, rates, key, mesh, steps=None, progress=lambda part: None, store=Store(), tuning_seeds=TUNING_SEEDS
-):
-    """The best of some learning rates by area on a few tuning seeds: (alpha, its mean area). Arguments as in tuned and train."""
-    keys = jnp.tile(jax.random.split(jax.random.split(key)[0], tuning_seeds), len(rates))
-    result = train(task, optimizer, np.repeat(rates, tuning_seeds), keys, mesh, steps, progress, store)
-    areas = result.area().reshape(len(rates), tuning_seeds).mean(1)
-    chosen = int(np.argmax(statistics.worst_if_diverged(areas)))
-    return float(rates[chosen]), float(areas[chosen])
+    first = np.argmax(episodes > 0, axis=1, keepdims=True)
+    last_known = np.maximum.accumulate(np.where(episodes > 0, np.arange(episodes.shape[1]), first), axis=1)
+    return np.where(finite > 0, np.take_along_axis(returns, last_known, axis=1), np.nan)
 
 
 def tuned(
-    task,
-    optimizer,
-    rates,
-    num_seeds,
-    key,
-    mesh,
-    steps=None,
-    progress=lambda part: None,
-    store=lambda phase: Store(),
-    tuning_seeds=TUNING_SEEDS,
+    task, optimizer, rates, num_seeds, key, mesh, steps=None, store=lambda phase: Store(), tuning_seeds=TUNING_SEEDS
 ):
     """The best of some learning rates by area on a few tuning seeds, then runs with it on num_seeds fresh ones: Tuned.
 
-    A baseline runs the tuning seeds also where it has one learning rate: by them the better baseline is chosen; with no
-    tuning seeds the first rate is taken. Arguments as in train; store: phase, "tuning" or "report", -> Store.
+    One learning rate is tried on the tuning seeds only where that says something: for a baseline, since by them the better
+    one is chosen, and where num_seeds is 0. With no tuning seeds the first rate is taken. Arguments as in train; store:
+    phase, "tuning" or "report", -> Store.
     """
-    needed = tuning_seeds > 0 and (len(rates) > 1 or optimizer.name in statistics.BASELINES)
-    share = len(rates) * tuning_seeds * needed / (len(rates) * tuning_seeds * needed + num_seeds)
-    alpha, area = float(rates[0]), np.nan
-    if needed:
-        of_tuning = lambda part: progress(share * part)
-        alpha, area = tune(task, optimizer, rates, key, mesh, steps, of_tuning, store("tuning"), tuning_seeds)
-    keys, of_report = jax.random.split(jax.random.split(key)[1], num_seeds), lambda part: progress((1 - share) * part)
-    runs_ = train(task, optimizer, np.full(num_seeds, alpha), keys, mesh, steps, of_report, store("report"))
-    return Tuned(alpha, runs_, area)
+    tuning_key, report_key = jax.random.split(key)
+    alpha, area, fresh = float(rates[0]), np.nan, None
+    if tuning_seeds and (len(rates) > 1 or optimizer.name in statistics.BASELINES or not num_seeds):
+        alphas, keys = np.repeat(rates, tuning_seeds), jnp.tile(jax.random.split(tuning_key, tuning_seeds), len(rates))
+        result = train(task, optimizer, alphas, keys, mesh, steps, store("tuning"))
+        areas = statistics.worst_if_diverged(result.area().reshape(len(rates), tuning_seeds).mean(1))
+        alpha, area = float(rates[np.argmax(areas)]), float(areas.max())
+    if num_seeds:
+        keys = jax.random.split(report_key, num_seeds)
+        fresh = train(task, optimizer, np.full(num_seeds, alpha), keys, mesh, steps, store("report"))
+    return Tuned(alpha, fresh, area)

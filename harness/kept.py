@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import ppo
-from harness import runs, tasks, weights
+from harness import tasks, weights
 
 POLICY_KIND = "ppo-policy"
 SECONDS = 60.0  # between two saves of the agents under way
@@ -41,8 +41,7 @@ def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
 
     Args:
         folder: pathlib.Path; runs/ and policies/ exist in it.
-        task: tasks.Task.
-        optimizer: name.
+        task, optimizer: tasks.Task; name.
         key: draws the first states of the deterministic episodes; the same for all runs.
         metadata: anything JSON can hold, written into the policies' headers.
         seconds: between two saves of the agents under way.
@@ -50,8 +49,7 @@ def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
     """
 
     def load(run, alpha):
-        arrays = read_run(folder, task.name, optimizer, phase, alpha, run)
-        return None if arrays is None else arrays.get("curves")
+        return _read(run_path(folder, task.name, optimizer, phase, alpha, run)).get("curves")
 
     def save(run, alpha, curves, agent):
         arrays = {"curves": curves}
@@ -61,27 +59,25 @@ def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
             tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
             weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)
         # The record comes last: where it is, everything of its run is.
-        with runs.whole_file(_run_path(folder, task.name, optimizer, phase, alpha, run), "wb") as file:
-            np.savez(file, **arrays)
+        weights.write_arrays(run_path(folder, task.name, optimizer, phase, alpha, run), arrays)
 
     def resume(which, like):
         leaves, structure = jax.tree.flatten(like)
-        arrays = _read(under_way) or {}
-        found = [arrays.get(str(i)) for i in range(len(leaves))]
-        fits = len(arrays) == 1 + len(leaves) and np.array_equal(arrays["which"], which)
-        fits = fits and all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(found, leaves))
-        return jax.tree.unflatten(structure, found) if fits else None
+        arrays = _read(under_way)
+        if not np.array_equal(arrays.pop("which", None), which):
+            return None
+        fits = [(x.shape, x.dtype) for x in arrays.values()] == [(x.shape, x.dtype) for x in leaves]
+        return jax.tree.unflatten(structure, arrays.values()) if fits else None
 
     def keep(which, state):
         leaves = jax.device_get(jax.tree.leaves(state))
-        with runs.whole_file(under_way, "wb") as file:
-            np.savez(file, which=which, **{str(i): leaf for i, leaf in enumerate(leaves)})
+        weights.write_arrays(under_way, {"which": which} | {str(i): leaf for i, leaf in enumerate(leaves)})
 
     under_way = folder / "runs" / f"{task.name}-{optimizer}-{phase}.under_way"
     return Store(load, save, resume, keep, lambda: under_way.unlink(missing_ok=True), seconds)
 
 
-def _run_path(folder, task, optimizer, phase, alpha, run):
+def run_path(folder, task, optimizer, phase, alpha, run):
     return folder / "runs" / f"{task}-{optimizer}-{phase}-{float(alpha)}-{run}.npz"
 
 
@@ -89,41 +85,21 @@ def policy_path(folder, task, optimizer, run):
     return folder / "policies" / f"{task}-{optimizer}-{run}.npz"
 
 
-def read_run(folder, task, optimizer, phase, alpha, run):
-    """{name: array} of a finished run; None if there is none."""
-    return _read(_run_path(folder, task, optimizer, phase, alpha, run))
-
-
 def _read(path):
-    """{name: array} of an .npz file; None if there is none, or if a crashed machine left it damaged: its runs are made again."""
+    """{name: array} of a file; {} if there is none, or if a crashed machine left it damaged: its runs are made again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except weights.UNREADABLE:
-        return None
+        return weights.read_arrays(path)
+    except Exception:  # whatever a broken file makes its reader raise
+        return {}
 
 
 def deterministic_returns(folder, task, optimizer, alpha, num_runs):
     """The mean return of each reported run's deterministic episodes: [R]."""
-    runs_ = [read_run(folder, task, optimizer, "report", alpha, run) for run in range(num_runs)]
-    return np.array([run["deterministic"].mean() for run in runs_])
+    paths = [run_path(folder, task, optimizer, "report", alpha, run) for run in range(num_runs)]
+    return np.array([_read(path)["deterministic"].mean() for path in paths])
 
 
 def load_policy(path):
-    """Reads a kept policy: ({"policy": layers}, ppo.ObsStats, metadata), which tasks.play takes.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, damaged, or not a chain of layers from observations to actions.
-    """
+    """Reads a kept policy: ({"policy": layers}, ppo.ObsStats, metadata), which tasks.play takes. Errors as in weights.load."""
     tree, metadata = weights.load(path, POLICY_KIND)
-    try:
-        stats = ppo.ObsStats(**tree["obs_stats"])
-        layers = [tree["policy"][f"layer_{i}"] for i in range(len(tree["policy"]))]
-        sizes = [stats.mean.shape[0], *(layer["bias"].shape[0] for layer in layers)]
-        fits = all(layer["kernel"].shape == pair for layer, pair in zip(layers, zip(sizes, sizes[1:])))
-    except (KeyError, TypeError, IndexError, AttributeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} does not fit: its arrays are not a chain of layers from observations to actions")
-    return {"policy": tree["policy"]}, stats, metadata
+    return {"policy": tree["policy"]}, ppo.ObsStats(**tree["obs_stats"]), metadata

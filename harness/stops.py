@@ -4,49 +4,38 @@ import contextlib
 import signal
 import threading
 
-TIME_IS_OVER = 14  # in the list of signals: the number of SIGALRM, though none is sent; Windows has none
-_stops = []  # the list of signals of the graceful_stop that is entered, if one is
-
-
-@contextlib.contextmanager
-def graceful_stop(time_limit=None):
-    """Within it, a first Ctrl-C or SIGTERM (a preempted job) only fills the list that it yields; a second one ends the program.
-
-    After time_limit seconds TIME_IS_OVER comes into the list. One within another yields the list of the outer one: what
-    comes between two inner ones stops the next.
-    """
-    if _stops:
-        yield _stops[0]
-        return
-    received = []
-
-    def on_signal(number, frame):
-        signal.signal(number, before[number])
-        received.append(number)
-
-    clock = threading.Timer(time_limit or 0, received.append, [TIME_IS_OVER])
-    clock.daemon = True  # a program that fails does not wait for it
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    _stops.append(received)
-    if time_limit is not None:
-        clock.start()
-    try:
-        yield received
-    finally:
-        clock.cancel()
-        _stops.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+TIME_IS_OVER = 14  # among the signals: the number of SIGALRM, though none is sent; Windows has none
+_received = []
 
 
 def received():
-    """The signals that came within the graceful_stop that is entered; outside of one, none."""
-    return _stops[0] if _stops else []
+    """The number of the first signal that came within graceful_stop; 0: none did."""
+    return _received[0] if _received else 0
+
+
+def end_if_received():
+    """Ends what has saved itself: SystemExit(128 + the signal's number), if one came."""
+    if received():
+        raise SystemExit(128 + received())
 
 
 @contextlib.contextmanager
-def told(how_to_resume):
-    """Around what ends by SystemExit(128 + number) after a stop: prints how to continue. A time limit is no failure: status 0."""
+def graceful_stop(how_to_resume, time_limit=None):
+    """Within it, a first Ctrl-C or SIGTERM (a preempted job) is only noted in received(); a second one ends the program.
+
+    After time_limit seconds TIME_IS_OVER is noted. SystemExit(128 + number) then passes through here, which says how to
+    resume. A time limit is no failure: status 0.
+    """
+
+    def on_signal(number, frame):
+        signal.signal(number, before[number])
+        _received.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    clock = threading.Timer(time_limit or 0, _received.append, [TIME_IS_OVER])
+    clock.daemon = True  # a program that fails does not wait for it
+    if time_limit is not None:
+        clock.start()
     try:
         yield
     except SystemExit as stop:
@@ -54,3 +43,8 @@ def told(how_to_resume):
             raise
         print(f"\nstopped and saved; {how_to_resume}")
         raise SystemExit(0 if stop.code == 128 + TIME_IS_OVER else stop.code) from None
+    finally:
+        clock.cancel()
+        _received.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)

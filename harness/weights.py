@@ -6,8 +6,8 @@
 | a/b/c | the array at tree["a"]["b"]["c"] |
 """
 
+import functools
 import json
-import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,24 @@ import numpy as np
 from harness import runs
 
 FORMAT_VERSION = 1
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zipfile.zlib.error)
+
+
+def write_arrays(path, arrays):
+    """Writes {name: array} as an .npz file, which takes the place of what was at the path only when it is complete."""
+    with runs.whole_file(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path):
+    """{name: array} of an .npz file. Raises many kinds of errors where it is damaged."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
 
 
 def save(path, tree, metadata=None, kind="optim4rl"):
-    """Writes a nested dict of arrays.
-
-    Args:
-        path: file to write. It is replaced only when the new one is complete.
-        tree: nested dict of arrays, its keys strings.
-        metadata: anything JSON can hold: command, seed, results.
-        kind: whose weights these are.
-    """
-    named = {"/".join(k.key for k in keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(tree)}
+    """Writes a nested dict of arrays. kind: whose weights these are; metadata: anything JSON can hold: command, results."""
     header = json.dumps({"version": FORMAT_VERSION, "kind": kind, "metadata": metadata or {}})
-    with runs.whole_file(path, "wb") as file:
-        np.savez(file, header=np.array(header), **named)
+    write_arrays(path, {"header": np.array(header)} | _named(tree))
 
 
 def load(path, kind="optim4rl", like=None):
@@ -48,13 +50,12 @@ def load(path, kind="optim4rl", like=None):
         ValueError: not such a file, damaged, of another kind or other shapes, or with numbers that are not finite.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(path)
         header = json.loads(str(arrays.pop("header")))
         version, found, metadata = header["version"], header["kind"], header["metadata"]
     except FileNotFoundError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # whatever a broken file makes its reader raise
         raise ValueError(f"{path} is not a weight file of this project, or is damaged ({error})") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
@@ -63,19 +64,20 @@ def load(path, kind="optim4rl", like=None):
     for name, array in arrays.items():
         if array.dtype.kind != "f":
             raise ValueError(f"{path} does not fit: {name} holds {array.dtype}, expected floating-point numbers")
-        if not np.isfinite(array).all() or np.abs(array).max(initial=0) > np.finfo(np.float32).max:
+        if not np.abs(array).max(initial=0) <= np.finfo(np.float32).max:  # also NaN
             raise ValueError(f"{path} is of no use: {name} has numbers that are not finite in float32")
     if like is not None:
-        _check_shapes(path, arrays, like)
+        shapes = [{name: np.shape(x) for name, x in named.items()} for named in (arrays, _named(like))]
+        for name in sorted(shapes[0] | shapes[1]):
+            stored, expected = (of.get(name, "absent") for of in shapes)
+            if stored != expected:
+                raise ValueError(f"{path} does not fit: {name} is {stored}, expected {expected}")
     return _nested(arrays), metadata
 
 
-def _check_shapes(path, arrays, like):
-    shapes = {"/".join(k.key for k in keys): np.shape(leaf) for keys, leaf in jax.tree.leaves_with_path(like)}
-    for name in sorted(shapes.keys() | arrays.keys()):
-        stored = arrays[name].shape if name in arrays else "absent"
-        if stored != shapes.get(name, "absent"):
-            raise ValueError(f"{path} does not fit: {name} is {stored}, expected {shapes.get(name, 'absent')}")
+def _named(tree):
+    """{"a": {"b": array}} as {"a/b": array}."""
+    return {"/".join(k.key for k in keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _nested(arrays):
@@ -83,8 +85,5 @@ def _nested(arrays):
     tree = {}
     for name, array in arrays.items():
         *folders, last = name.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = jnp.asarray(array)
+        functools.reduce(lambda place, folder: place.setdefault(folder, {}), folders, tree)[last] = jnp.asarray(array)
     return tree
