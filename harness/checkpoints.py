@@ -23,25 +23,39 @@ for name in ("absl", "asyncio"):  # orbax logs the errors that it raises, at len
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-class Damaged(Exception):
-    """The newest checkpoint cannot be used; the message says which one can."""
+@contextlib.contextmanager
+def manager(folder, how_to_resume=""):
+    """Within it, the orbax manager of a folder's checkpoints; the folder is made if there is none.
 
-
-def manager(folder):
-    """The orbax manager of a folder's checkpoints, a context manager; the folder is made if there is none."""
+    A full disk, or another process that is lost, ends the program in one line that says how to continue.
+    """
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.resolve(), options=options)
+    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+        try:
+            yield manager
+            return
+        except OSError as error:
+            what = f"cannot write to {folder.parent} ({error})"
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            what = f"another process of this run was lost ({_first_line(error)})"
+        last = manager.latest_step()
+        saved = "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume}"
+        print(f"{what}; {saved}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # at once: an ordinary end would wait for the lost process, and for writes that cannot be done
 
 
 def save(manager, step, state):
     """Writes the state as the checkpoint of a meta-step, unless it is there already. Raises OSError: it could not be written."""
     if step in manager.all_steps():
         return
-    content = ocp.args.StandardSave(state)
     checksums = ocp.args.JsonSave(fingerprint(state).tolist())
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), fingerprint=checksums)
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None  # each write dropped in a failure would complain
     try:
-        manager.save(step, args=ocp.args.Composite(state=content, fingerprint=checksums))
+        manager.save(step, args=items)
         sys.unraisablehook = before
     except jax.errors.JaxRuntimeError:  # another process is lost
         raise
@@ -50,75 +64,41 @@ def save(manager, step, state):
         raise OSError(reason[1] if reason else _first_line(error)) from None
 
 
-def restore(manager, like):
-    """The state of the newest checkpoint.
+def restore(manager, start, finished=False):
+    """The state of the newest checkpoint, or `start` where none was ever written.
 
     Args:
         manager: of the function manager.
-        like: a state of the same shapes, and of the shardings that the restored arrays shall have.
-    Returns:
-        The state, or None where no checkpoint was ever written.
+        start: a state of the same shapes, and of the shardings that the restored arrays shall have.
+        finished: whether the run has written its weights, which it does together with a checkpoint.
     Raises:
-        Damaged: the newest checkpoint is not what was written.
+        runs.UsageError: the newest checkpoint is not what was written, or is gone; the message names the newest whole one.
     """
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(start), fingerprint=ocp.args.JsonRestore())
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
         folder = manager.directory / str(step)
         try:
-            state = _read(manager, step, like)
+            saved = manager.restore(step, args=items)
+            if fingerprint(saved.state).tolist() != saved.fingerprint:
+                raise ValueError("its content is not what was saved")
         except Exception as error:  # whatever a broken file makes its reader raise
             damaged.append(f"{folder} ({_first_line(error)})")
             continue
         if not damaged:
-            return state
-        raise Damaged(f"damaged: {', '.join(damaged)}; remove it to go on from {folder}, which is whole")
+            return saved.state
+        raise runs.UsageError(f"damaged: {', '.join(damaged)}; remove it to go on from {folder}, which is whole")
     if damaged:
-        raise Damaged(f"damaged: {', '.join(damaged)}; no checkpoint is whole, so the run cannot go on")
-    return None
-
-
-def continued(manager, start, finished):
-    """The newest checkpoint's state, or `start` where nothing was ever saved; Damaged where checkpoints of a run are gone.
-
-    finished: whether the run has written its weights, which it does together with a checkpoint.
-    """
-    state = restore(manager, like=start)
-    if state is None and finished:
-        raise Damaged(f"{manager.directory} has no checkpoint, but its run has weights; start another one with --out")
-    return start if state is None else state
-
-
-@contextlib.contextmanager
-def failures_in_one_line(folder, manager, how_to_resume):
-    """Ends the program where a checkpoint is damaged, the disk is full or another process is lost, saying how to continue."""
-    try:
-        yield
-        return
-    except Damaged as error:
-        raise runs.UsageError(error) from None
-    except OSError as error:
-        what = f"cannot write to {folder} ({error})"
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        what = f"another process of this run was lost ({_first_line(error)})"
-    last = manager.latest_step()
-    saved = "nothing was saved before" if last is None else f"meta-step {last} is saved; {how_to_resume}"
-    print(f"{what}; {saved}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)  # at once: an ordinary end would wait for the lost process, and for writes that cannot be done
+        raise runs.UsageError(f"damaged: {', '.join(damaged)}; no checkpoint is whole, so the run cannot go on")
+    if finished:
+        raise runs.UsageError(
+            f"{manager.directory} has no checkpoint, but its run has weights; start another one with --out"
+        )
+    return start
 
 
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _read(manager, step, like):
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(like), fingerprint=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
-    if fingerprint(restored.state).tolist() != restored.fingerprint:
-        raise ValueError("its content is not what was saved")
-    return restored.state
 
 
 def fingerprint(tree):
@@ -128,15 +108,12 @@ def fingerprint(tree):
     """
     leaves = jax.tree.leaves(tree)
     everywhere = getattr(leaves[0].sharding, "mesh", None) and jax.NamedSharding(leaves[0].sharding.mesh, jax.P())
-    return np.asarray(jax.jit(_checksums, out_shardings=everywhere)(leaves))
+    return np.asarray(jax.jit(lambda xs: jnp.stack([_checksum(x) for x in xs]), out_shardings=everywhere)(leaves))
 
 
-def _checksums(leaves):
-    def checksum(x):
-        if x.dtype.itemsize == 8:  # 64 bits as two times 32, in a last axis
-            x = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        factors = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
-        return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
-
-    return jnp.stack([checksum(x) for x in leaves])
+def _checksum(x):
+    if x.dtype.itemsize == 8:  # 64 bits as two times 32, in a last axis
+        x = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = x if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    factors = 2 * jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + 1
+    return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from harness import checkpoints
+from harness import checkpoints, runs
 
 
 def state_on(num_devices):
@@ -43,8 +43,9 @@ def test_the_newest_state_comes_back_to_the_bit_on_any_number_of_devices(tmp_pat
         assert state["units"].sharding == like["units"].sharding
 
 
-def test_nothing_is_restored_where_nothing_was_saved(tmp_path):
-    assert restored(tmp_path, state_on(1)) is None
+def test_a_run_begins_at_its_start_where_nothing_was_saved(tmp_path):
+    start = state_on(1)
+    assert restored(tmp_path, start) is start
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
@@ -89,7 +90,7 @@ def test_no_damaged_file_goes_unnoticed(tmp_path, damage):
             broken.unlink()
         try:
             jax.tree.map(np.testing.assert_array_equal, restored(folder, like), like | {"step": np.int32(9)})
-        except checkpoints.Damaged as error:
+        except runs.UsageError as error:
             assert f"damaged: {folder / '2'} (" in str(error)
             assert f"remove it to go on from {folder / '1'}, which is whole" in str(error)
             refused += 1
@@ -101,5 +102,5 @@ def test_without_a_whole_checkpoint_the_run_cannot_go_on(tmp_path):
     saved(tmp_path, [1, 2], state_on(1))
     for step in (1, 2):
         shutil.rmtree(tmp_path / str(step) / "state")
-    with pytest.raises(checkpoints.Damaged, match="no checkpoint is whole"):
+    with pytest.raises(runs.UsageError, match="no checkpoint is whole"):
         restored(tmp_path, state_on(1))
