@@ -1,10 +1,11 @@
 """A run of a program: its command line, its folder, its devices and processes, its errors in one line."""
 
 import contextlib
+import csv
 import dataclasses
 import errno
-import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import shlex
 import sys
 import time
 import typing
+import zlib
 
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Not of the run but of this start of it: a resumed run does not inherit them.
 OF_THIS_START = ("coordinator", "num_processes", "process_id", "time_limit")
 # What may differ between a run and its resumption: the result does not depend on it.
-FREE_FLAGS = (*OF_THIS_START, "out", "resume", "devices", "checkpoint_every", "render")
+FREE_FLAGS = {*OF_THIS_START, "resume", "devices", "checkpoint_every", "render"}
 
 
 class UsageError(Exception):
@@ -38,53 +40,38 @@ class UsageError(Exception):
 
 
 def parse(config_class, presets, description, argv=None):
-    """A config from the command line: a flag per field, whose comment is its help; `--preset` chooses other defaults.
+    """A config from the command line: a flag per field, whose comment is its help; a tuple's takes commas or spaces.
 
-    Args:
-        config_class: frozen dataclass with a field preset; a tuple's flag takes values separated by commas or spaces.
-        presets: {name: {field: value}}.
-        description: text for --help.
-        argv: list of strings, by default the process's.
+    config_class: frozen dataclass; presets: {name: {field: value}}, the other defaults that `--preset NAME` chooses;
+    description: text for --help; argv: list of strings, by default the process's.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    for before, argument in zip(["the first argument", *argv], argv):
-        if argument == "" or (argument.startswith("--") and argument.endswith("=")):
-            raise UsageError(f"{argument[:-1] or before} has an empty value; leave it out, or give , for an empty list")
-    argv = _split_lists(config_class, argv)
-    preset, resume = _value_of("--preset", argv), _value_of("--resume", argv)
-    start = config_class()
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
+    if "" in argv:
+        before = ["the first argument", *argv][argv.index("")]
+        raise UsageError(f"{before} has an empty value; leave it out, or give , for an empty list")
+    values = dict(itertools.pairwise([*argv, None]))  # what follows each flag
+    preset, resume, start = values.get("--preset"), values.get("--resume"), config_class()
     if resume is not None:
-        if beside := [flag for flag in ("--preset", "--out") if _value_of(flag, argv) is not None]:
-            raise UsageError(f"{beside[0]} beside --resume: the run in {resume} has its own")
         of_this_start = {name: value for name, value in vars(start).items() if name in OF_THIS_START}
         start = dataclasses.replace(read_config(config_class, resume), **of_this_start)
     elif preset in presets:
         start = dataclasses.replace(start, preset=preset, **presets[preset])
-    return tyro.cli(config_class, default=start, args=argv, description=description)
-
-
-def _value_of(flag, argv):
-    """The value of a flag in a list of arguments, or None."""
-    for i, argument in enumerate(argv):
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-        if argument == flag:
-            return argv[i + 1] if i + 1 < len(argv) else None
-    return None
+    config = tyro.cli(config_class, default=start, args=_split_lists(config_class, argv), description=description)
+    changed = [name for name in vars(start).keys() - FREE_FLAGS if getattr(config, name) != getattr(start, name)]
+    if resume is not None and changed:
+        differing = "; ".join(f"{name} was {getattr(start, name)}, now {getattr(config, name)}" for name in changed)
+        raise UsageError(f"{resume} was run with another config: {differing}")
+    return config
 
 
 def _split_lists(config_class, argv):
     """The same arguments, those of tuples split at commas: tyro takes spaces only."""
-    lists = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(config_class) if _is_tuple(f.type)}
+    lists = {flag_of(field.name) for field in dataclasses.fields(config_class) if _is_tuple(field.type)}
     result, of_list = [], False
     for argument in argv:
-        if argument.startswith("--"):
-            name, *value = argument.split("=", 1)
-            of_list = name.replace("_", "-") in lists
-            result.append(argument if not (of_list and value) else name)
-            argument = value[0] if of_list and value else None
-        if argument is not None:
-            result += [part for part in argument.split(",") if part] if of_list else [argument]
+        of_list = argument.replace("_", "-") in lists if argument.startswith("--") else of_list
+        result += [part for part in argument.split(",") if part] if of_list else [argument]
     return result
 
 
@@ -117,14 +104,6 @@ def check_seed(seed):
         raise UsageError(f"--seed is {seed}; it must be 0 to 4294967295")
 
 
-def usage(check, *args):
-    """check(*args), a ValueError of which is a UsageError here."""
-    try:
-        return check(*args)
-    except ValueError as error:
-        raise UsageError(error) from None
-
-
 def flag_of(name):
     """The flag of a config's field."""
     return "--" + name.replace("_", "-")
@@ -150,9 +129,7 @@ def run(main):
 def join_processes(coordinator, num_processes, process_id):
     """Makes this process one of several of a run, on one host or many (jax.distributed). Comes before anything uses a device.
 
-    Args:
-        coordinator: "HOST:PORT" of process 0; "auto": SLURM, MPI or a TPU pod tells all three; None: the only process.
-        num_processes, process_id: ints, or None with "auto".
+    coordinator: "HOST:PORT" of process 0; "auto": SLURM, MPI or a TPU pod tells all three; None: the only process.
     """
     known = {"num_processes": num_processes, "process_id": process_id}
     if coordinator in (None, "auto"):
@@ -183,34 +160,25 @@ def is_first_process():
 
 def highest(*numbers):
     """The highest value of each number among all processes, an int array: what one of them wants, all do at the same step."""
-    if jax.process_count() == 1:
-        return np.array(numbers, int)
     return multihost_utils.process_allgather(np.array(numbers, int)).max(0)
 
 
 def check_same_everywhere(config):
     """Raises UsageError where the processes of one run were started with different values."""
-    shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FLAGS}
-    digest = hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()
-    mine = np.frombuffer(digest[:4], np.uint32).astype(int)
-    if jax.process_count() > 1 and np.ptp(multihost_utils.process_allgather(mine), axis=0).any():
+    shared = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FLAGS | {"out"}}
+    mine = np.uint32(zlib.crc32(json.dumps(shared, sort_keys=True).encode()))
+    if np.ptp(multihost_utils.process_allgather(mine)):
         raise UsageError("the processes of this run were started with different flags; give all of them the same")
 
 
 def use_devices(wanted, divides=None):
-    """The mesh of `wanted` devices of each process (None: all; a CPU makes one per core), and a compilation cache.
+    """The jax.sharding.Mesh with the axis "units" of `wanted` devices of each process; also sets the compilation cache.
 
-    Args:
-        wanted: number of devices or None.
-        divides: if given and wanted is None, the largest number of devices that divides this many units.
-    Returns:
-        jax.sharding.Mesh with the axis "units".
+    None: all devices, on a CPU one per core, or the largest number of them that divides so many units.
     """
     if wanted is not None and wanted < 1:
         raise UsageError(f"--devices is {wanted}; it must be at least 1")
-    with contextlib.suppress(
-        RuntimeError
-    ):  # JAX runs already, in a notebook for example: its devices are taken as they are
+    with contextlib.suppress(RuntimeError):  # JAX runs already, for example in a notebook: its devices are taken
         jax.config.update("jax_num_cpu_devices", wanted or usable_cores())
     if not jax.config.jax_compilation_cache_dir:  # the environment's JAX_COMPILATION_CACHE_DIR comes first
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
@@ -230,12 +198,11 @@ def usable_cores():
 def cache_folder():
     """Where compiled programs are kept: a folder per version of jaxlib and per processor, whose programs are no use to another."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    try:
+    model = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):  # Linux
         model = next(line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    except (OSError, StopIteration):
-        model = platform.processor()
-    processor = hashlib.sha256(f"{platform.machine()} {model}".encode()).hexdigest()[:8]
-    return cache / "optim4rl" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{processor}"
+    processor = zlib.crc32(f"{platform.machine()} {model}".encode())
+    return cache / "optim4rl" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{processor:08x}"
 
 
 def command():
@@ -269,8 +236,7 @@ def new_folder(out, name, config):
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / "config.json", "w") as file:
-            json.dump(content, file, indent=1)
+        write_json(folder / "config.json", content)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
     return folder
@@ -299,33 +265,33 @@ def whole_file(path, mode):
     os.replace(partial, path)
 
 
+def write_json(path, content):
+    with whole_file(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def write_csv(path, header, rows):
+    """header: names of the columns; rows: iterables of values."""
+    with whole_file(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def read_config(config_class, folder):
     """The config of the run in a folder."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_text())["config"]
         fields = {field.name: field.type for field in dataclasses.fields(config_class)}
-        for name in fields.keys() ^ values.keys():
-            raise ValueError(
-                f"{name} is in {'its' if name in values else 'the present'} config only: another version made it"
-            )
-        for name, kind in fields.items():
-            if isinstance(values[name], list) != _is_tuple(kind):
-                raise ValueError(f"{name} is {values[name]}, as another version had it")
+        other = fields.keys() ^ values.keys()
+        other |= {name for name in fields.keys() - other if isinstance(values[name], list) != _is_tuple(fields[name])}
+        if other:
+            raise ValueError(f"another version made it; what differs: {', '.join(sorted(other))}")
         return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder} holds no run to resume ({error})") from None
 
 
-def old_folder(folder, config):
-    """The folder of a run to continue; refused if its config was another one."""
-    before, now = dataclasses.asdict(read_config(type(config), folder)), dataclasses.asdict(config)
-    changed = [name for name in now if name not in FREE_FLAGS and now[name] != before[name]]
-    if changed:
-        differing = "; ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
-        raise UsageError(f"{folder} was run with another config: {differing}")
-    return pathlib.Path(folder)
-
-
 def open_folder(name, config):
     """The folder of config.resume, or a new one."""
-    return old_folder(config.resume, config) if config.resume else new_folder(config.out, name, config)
+    return pathlib.Path(config.resume) if config.resume else new_folder(config.out, name, config)

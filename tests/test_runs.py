@@ -76,12 +76,14 @@ def test_a_resumed_run_takes_its_config_and_nothing_else(tmp_path):
     folder = str(tmp_path / "run")
     again = runs.parse(Config, PRESETS, "", ["--resume", folder, "--render"])
     assert again == dataclasses.replace(config, resume=folder, render=True)
-    assert runs.old_folder(folder, again) == tmp_path / "run"
-    for flag in (["--preset", "large"], ["--out", "elsewhere"]):
-        with pytest.raises(runs.UsageError, match=f"{flag[0]} beside --resume"):
+    assert runs.open_folder("test", again) == tmp_path / "run"
+    for flag, message in (
+        (["--preset", "large"], "preset was small, now large"),
+        (["--out", "elsewhere"], "out was None, now elsewhere"),
+        (["--rate", "0.75"], "rate was 0.25, now 0.75"),
+    ):
+        with pytest.raises(runs.UsageError, match=f"run was run with another config: {message}"):
             runs.parse(Config, PRESETS, "", ["--resume", folder, *flag])
-    with pytest.raises(runs.UsageError, match="rate was 0.25, now 0.75"):
-        runs.old_folder(folder, dataclasses.replace(again, rate=0.75))
 
 
 @pytest.mark.parametrize("change", [dict(names="x"), dict(rate=None, more=1), dict()])
