@@ -3,9 +3,9 @@
 One colour per optimizer everywhere; a learned optimizer before meta-training has the same colour, dashed.
 """
 
-import csv
 import math
 import pathlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,38 +27,13 @@ def style(optimizer):
     return {"color": color, "linestyle": "-" if base == optimizer else "--"}
 
 
-def read_curves(folders):
-    """{(task, optimizer): (steps [K], returns [R, K])} from the curves.csv of evaluate.py's folders."""
-    curves = {}
-    for folder in folders:
-        rows, path = {}, pathlib.Path(folder) / "curves.csv"
-        try:
-            with open(path, newline="") as file:
-                for row in csv.DictReader(file):
-                    of_pair = rows.setdefault((row["task"], row["optimizer"]), {})
-                    of_pair.setdefault(int(row["run"]), {})[int(row["step"])] = float(row["episode_return"])
-        except OSError:
-            raise runs.UsageError(f"no file {path}; python evaluate.py --out {folder} makes it") from None
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise runs.UsageError(f"{path} is not a curves.csv of evaluate.py ({error!r})") from None
-        for name, of_pair in rows.items():
-            steps = sorted(of_pair[0]) if 0 in of_pair else []
-            if name in curves or any(sorted(run) != steps for run in of_pair.values()):
-                raise runs.UsageError(f"{path}: the runs of {name[1]} on {name[0]} are incomplete, or in two folders")
-            curves[name] = np.array(steps), np.array([[run[step] for step in steps] for run in of_pair.values()])
-    return curves
-
-
-def learning_curves(path, folders):
-    """Writes a picture of the curves.csv in folders; returns its path.
+def learning_curves(path, results):
+    """Writes a picture of {(task, optimizer): agents.Tuned}; returns its path.
 
     One panel per task: interquartile means over runs, each smoothed over a tenth of its length, with intervals (see
     statistics.interval).
     """
-    curves = read_curves(folders)
-    tasks = list(dict.fromkeys(task for task, _ in curves))
-    if not tasks:
-        raise runs.UsageError(f"no runs in {', '.join(map(str, folders))}")
+    tasks = list(dict.fromkeys(task for task, _ in results))
     columns = len(tasks) if len(tasks) <= 4 else 3
     grid = -(-len(tasks) // columns), columns
     size = 2 + 4 * columns, 3.4 * grid[0]
@@ -66,10 +41,11 @@ def learning_curves(path, folders):
     for axis in axes.flat[len(tasks) :]:
         axis.remove()
     lines = {}
-    for (task, optimizer), (steps, returns) in curves.items():
+    for (task, optimizer), tuned in results.items():
+        steps, returns = tuned.runs
         axis, window = axes.flat[tasks.index(task)], max(1, len(steps) // 10)
-        returns = np.lib.stride_tricks.sliding_window_view(returns, window, axis=1).mean(-1)
-        mean, low, high = np.transpose([statistics.interval(values) for values in returns.T])
+        smooth = np.lib.stride_tricks.sliding_window_view(returns, window, axis=1).mean(-1)
+        mean, low, high = np.transpose([statistics.interval(values) for values in smooth.T])
         (lines[optimizer],) = axis.plot(steps[window - 1 :], mean, **style(optimizer))
         color = style(optimizer)["color"]
         axis.fill_between(steps[window - 1 :], low, high, alpha=0.2, color=color, linewidth=0)
@@ -98,18 +74,20 @@ def meta_training(path, rows, tasks):
     return save(figure, path)
 
 
-def learned_step(optimizer, sizes, updates):
-    """The size of a learned optimizer's step over an agent's age, for gradients of constant size.
+@partial(jax.jit, static_argnums=(0, 3))
+def learned_step(make, meta_params, sizes, updates):
+    """The size of a learned optimizer's step with alpha = 1 over an agent's age, for gradients of constant size.
 
     Args:
-        optimizer: optax transformation, for example of agents.make_rule, with alpha = 1.
+        make: (learning_rate, meta_params) -> optax transformation, for example optim4rl.optim4rl.
+        meta_params: its meta-parameters.
         sizes: [N] absolute gradients of N scalars, positive throughout.
         updates: ages to look at, T.
     Returns: [T, N] |update|.
     """
-    grads = jnp.asarray(sizes)
+    optimizer, grads = make(1.0, meta_params), jnp.asarray(sizes)
     step = lambda state, _: optimizer.update(grads, state, jnp.zeros_like(grads))[::-1]
-    return np.abs(jax.lax.scan(step, optimizer.init(jnp.zeros_like(grads)), length=updates)[1])
+    return jnp.abs(jax.lax.scan(step, optimizer.init(jnp.zeros_like(grads)), length=updates)[1])
 
 
 def save(figure, path):

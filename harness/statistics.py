@@ -30,13 +30,20 @@ def interval(values):
     if len(values) < 5:
         return float(iqm(values)), float(values.min()), float(values.max())
     resampled = values[np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))]
-    low, high = np.quantile(
-        iqm(resampled, axis=1), (0.025, 0.975), method="nearest"
-    )  # nearest: -inf is not interpolated
-    return float(iqm(values)), float(low), float(high)
+    return float(iqm(values)), *_middle(iqm(resampled, axis=1))
 
 
-def scores(areas, tuning_areas, baselines=BASELINES, resamples=2000):
+def _middle(resampled):
+    """The 95% in the middle: (low, high)."""
+    return np.quantile(resampled, (0.025, 0.975), method="nearest").tolist()  # nearest: -inf is not interpolated
+
+
+def shown(mean, low, high, number="{:.3f}".format):
+    """A mean and its interval as text; number: makes a text of a number."""
+    return f"{number(mean)} [{number(low)}, {number(high)}]"
+
+
+def scores(areas, tuning_areas):
     """Each optimizer's area under the return curve, in units of the better baseline's, over tasks and seeds.
 
     The better baseline of a task is chosen on the tuning seeds, not on the runs that it divides. A baseline that is compared
@@ -45,70 +52,47 @@ def scores(areas, tuning_areas, baselines=BASELINES, resamples=2000):
     Args:
         areas: {(task, optimizer): [R]}, one number per reported run.
         tuning_areas: {(task, optimizer): number}, the mean of the chosen alpha on the tuning seeds.
-        baselines: names of optimizers.
-        resamples: of the runs of each task and optimizer, the baseline's too.
     Returns:
         ({optimizer: (interquartile mean over all tasks and runs, low, high)} with 95% bootstrap intervals,
         {task: why it does not count}: a baseline was not run, or is not surely above zero, so that ratios mean nothing)
     """
     tasks, left_out, better = dict.fromkeys(task for task, _ in areas), {}, {}
     for task in tasks:
-        known = [name for name in baselines if (task, name) in areas]
-        best = max(known, key=lambda name: worst_if_diverged(tuning_areas[task, name]), default=None)
-        if len(known) < len(baselines):
-            left_out[task] = f"without {' and '.join(sorted(set(baselines) - set(known)))}"
-        elif not interval(areas[task, best])[1] > 0:
+        if absent := [name for name in BASELINES if (task, name) not in areas]:
+            left_out[task] = f"without {' and '.join(absent)}"
+            continue
+        best = max(BASELINES, key=lambda name: worst_if_diverged(tuning_areas[task, name]))
+        if not interval(areas[task, best])[1] > 0:
             left_out[task] = f"the return of {best} is not surely above 0"
         else:
             better[task] = best
     random, result = np.random.default_rng(0), {}
+
+    def drawn(pair):  # the runs themselves, then 2000 times as many of them at random: [2001, R]
+        values = np.asarray(areas[pair], float)
+        return np.concatenate([values[None], values[random.integers(values.size, size=(2000, values.size))]])
+
     for optimizer in dict.fromkeys(name for _, name in areas):
-        ratios = [
-            _ratios(areas, task, optimizer, better[task], random, resamples)
-            for task in better
-            if (task, optimizer) in areas
-        ]
+        ratios = []
+        for task in [task for task in better if (task, optimizer) in areas]:
+            mine = drawn((task, optimizer))
+            unit = mine if optimizer == better[task] else drawn((task, better[task]))
+            ratios.append(worst_if_diverged(mine) / iqm(unit, axis=1)[:, None])
         if ratios:
             mean, *resampled = iqm(np.concatenate(ratios, axis=1), axis=1)
-            low, high = np.quantile(resampled, (0.025, 0.975), method="nearest")
-            result[optimizer] = (float(mean), float(low), float(high))
+            result[optimizer] = (float(mean), *_middle(resampled))
     return result, left_out
 
 
-def _ratios(areas, task, optimizer, baseline, random, resamples):
-    """Areas in units of the baseline's interquartile mean: [1 + resamples, R], the runs themselves first."""
-    draws = {}
-    for name in dict.fromkeys((optimizer, baseline)):
-        values = np.asarray(areas[task, name], float)
-        chosen = random.integers(values.size, size=(resamples, values.size))
-        draws[name] = np.concatenate([values[None], values[chosen]])
-    return worst_if_diverged(draws[optimizer]) / iqm(draws[baseline], axis=1)[:, None]
-
-
-def scores_text(scores, left_out, unit):
-    """What scores returned, in units of what `unit` names: a heading, a line per optimizer, a line per task left out."""
-    lines = [f"Area under the return curve / that of {unit}:"] if scores else []
-    lines += [f"  {name:22} {x:.3f} [{low:.3f}, {high:.3f}]" for name, (x, low, high) in scores.items()]
-    return "\n".join(lines + [f"  {task} does not count: {why}" for task, why in left_out.items()])
-
-
-class Comparison:
-    """The results of several optimizers on several tasks, as they come: rows of the table, and what scores needs."""
-
-    def __init__(self):
-        self.rows, self.areas, self.tuning_areas = [], {}, {}
-
-    def add(self, task, optimizer, tuned, **more):
-        """task and optimizer: names; tuned: agents.Tuned; more: further entries of the row, which is returned."""
-        self.areas[task, optimizer], self.tuning_areas[task, optimizer] = tuned.runs.area(), tuned.tuning_area
-        self.rows.append(summarize(task, optimizer, tuned) | more)
-        return self.rows[-1]
-
-    def text(self, num_seeds):
-        """Table, caption and scores."""
-        unit = f"the better of {' and '.join(BASELINES)}"
-        found = scores_text(*scores(self.areas, self.tuning_areas), unit)
-        return f"{table(self.rows)}\n\n{caption(num_seeds)}\n{found}"
+def report(results):
+    """(rows of summary.json; table, caption and scores as text) of {(task, optimizer): agents.Tuned}."""
+    rows = [summarize(*pair, tuned) for pair, tuned in results.items()]
+    areas = {pair: tuned.runs.area() for pair, tuned in results.items()}
+    found, left_out = scores(areas, {pair: tuned.tuning_area for pair, tuned in results.items()})
+    lines = [f"Area under the return curve / that of the better of {' and '.join(BASELINES)}:"] if found else []
+    lines += [f"  {name:22} {shown(*score)}" for name, score in found.items()]
+    lines += [f"  {task} does not count: {why}" for task, why in left_out.items()]
+    return rows, "\n".join([table(rows), "", caption(rows[0]["seeds"]), *lines])
 
 
 def summarize(task, optimizer, tuned):
@@ -116,8 +100,9 @@ def summarize(task, optimizer, tuned):
     row = {"task": task, "optimizer": optimizer, "alpha": tuned.alpha}
     row |= {"seeds": len(tuned.runs.returns), "steps": int(tuned.runs.steps[-1])}
     row |= measured("final", tuned.runs.final()) | measured("area", tuned.runs.area())
-    row["diverged"] = int(np.isnan(tuned.runs.area()).sum())
-    return row | {"tuning_area": json_number(tuned.tuning_area)}
+    if tuned.deterministic is not None:
+        row |= measured("deterministic", tuned.deterministic)
+    return row | {"diverged": int(np.isnan(tuned.runs.area()).sum()), "tuning_area": json_number(tuned.tuning_area)}
 
 
 def measured(name, values):
@@ -142,19 +127,13 @@ def table(rows):
     """The rows of summarize as text, numbers as in caption."""
     columns = {"final": "return, last fifth", "area": "return, whole run", "deterministic": "return without noise"}
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
-    titles = " ".join(f"{title:30}" for title in columns.values())
-    lines = [f"{'task':25} {'optimizer':22} {'alpha':>7}   {titles}".rstrip()]
-    for before, row in zip([None, *rows], rows):
-        if before and before["task"] != row["task"]:
-            lines.append("")
-        cells = " ".join(f"{_cell(row, name):30}" for name in columns)
-        diverged = f"  {row['diverged']} of {row['seeds']} diverged" if row.get("diverged") else ""
-        lines.append(f"{row['task']:25} {row['optimizer']:22} {row['alpha']:7g}   {cells}".rstrip() + diverged)
-    return "\n".join(lines)
-
-
-def _cell(row, name):
-    if row.get(name) is None:
-        return "" if name not in row else f"{'diverged':>9}"
     number = lambda x: "diverged" if x is None else f"{x:.2f}"
-    return f"{row[name]:9.2f}  [{number(row[name + '_low'])}, {number(row[name + '_high'])}]"
+    cell = lambda row, name: shown(row[name], row[f"{name}_low"], row[f"{name}_high"], number) if name in row else ""
+    lines = [["task", "optimizer", "alpha", *columns.values()]]
+    for before, row in zip([rows[0], *rows], rows):
+        lines += [[]] if row["task"] != before["task"] else []
+        diverged = f"{row['diverged']} of {row['seeds']} diverged" if row["diverged"] else ""
+        cells = [cell(row, name) for name in columns]
+        lines.append([row["task"], row["optimizer"], f"{row['alpha']:g}", *cells, diverged])
+    widths = (26, 23, 10, *[30] * len(columns), 0)
+    return "\n".join("".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)

@@ -7,8 +7,6 @@ import pytest
 
 from harness import agents, statistics
 
-UNIT = "the better of Adam and RMSProp"
-
 
 def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     values = np.random.default_rng(0).normal(size=400)
@@ -44,7 +42,6 @@ def test_scores_are_areas_in_units_of_the_better_baseline():
     np.testing.assert_allclose(scores["mine"], (2.0, 2.0, 2.0), rtol=1e-12)
     np.testing.assert_allclose(scores["adam"][0], (1 + 1 + 3 / 5 + 3 / 5) / 4, rtol=1e-12)
     assert left_out == {"c": "without rmsprop"}
-    assert "c does not count: without rmsprop" in statistics.scores_text(scores, left_out, UNIT)
 
 
 def test_the_better_baseline_is_chosen_on_the_tuning_seeds_and_is_1_in_its_own_units():
@@ -80,8 +77,7 @@ def test_the_table_says_how_many_runs_diverged_and_its_rows_are_json():
     returns = np.linspace(1, 2, 20).reshape(10, 2)
     returns[:4] = np.nan
     tuned = agents.Tuned(0.0123, agents.Runs(np.array([10, 20]), returns), np.nan)
-    row = statistics.summarize("catch", "adam", tuned)
+    (row,), text = statistics.report({("catch", "adam"): tuned})
     assert json.loads(json.dumps(row, allow_nan=False)) == row and row["diverged"] == 4
     assert row["area"] is None and row["area_runs"][:4] == [None] * 4
-    text = statistics.table([row])
-    assert "4 of 10 diverged" in text and "0.0123" in text
+    assert "4 of 10 diverged" in text and "0.0123" in text and "catch does not count: without rmsprop" in text
