@@ -24,66 +24,35 @@ NAMES = WORLDS + ROBOTS
 PPO_SETTINGS = ("small", "paper")
 # Robots are scored as in the paper, by episodes without noise at some points of a run. The training episodes that happen to
 # end would count short lives too often.
-EVALUATIONS = {"ant": 10, "humanoid": 10}  # in a run; the others have 20
 EVALUATION_EPISODES = 128  # of one evaluation, and at the end of a run; as many as Brax's trainer plays
 # With small settings an evaluation has fewer: on ant they take half as long as the training, 128 would take seven times as long.
 SMALL_EVALUATION_EPISODES = 8
 
-# The paper's test settings: steps, and PPO's knobs (appendix).
-PAPER_PPO = {
-    "ant": (
-        1e8,
-        dict(num_envs=4096, batch_size=2048, rollout_length=5, num_epochs=4, entropy_cost=1e-2, reward_scale=10.0),
-    ),
-    "humanoid": (
-        1e8,
-        dict(num_envs=2048, batch_size=1024, rollout_length=10, num_epochs=8, entropy_cost=1e-3, reward_scale=0.1),
-    ),
-    "inverted_double_pendulum": (
-        2e7,
-        dict(num_envs=2048, batch_size=1024, rollout_length=5, num_epochs=4, entropy_cost=1e-2, reward_scale=10.0),
-    ),
-    "walker2d": (
-        5e7,
-        dict(
-            num_envs=2048,
-            batch_size=512,
-            rollout_length=20,
-            num_epochs=8,
-            entropy_cost=1e-3,
-            reward_scale=5.0,
-            discount=0.997,
-        ),
-    ),
+# PPO's test settings. A robot that a table does not have takes those of its first row.
+PPO_KNOBS = ("num_envs", "batch_size", "rollout_length", "num_epochs", "entropy_cost", "reward_scale", "discount")
+PAPER_PPO = {  # steps, and the knobs in this order (appendix)
+    "ant": (1e8, 4096, 2048, 5, 4, 1e-2, 10.0, 0.97),
+    "humanoid": (1e8, 2048, 1024, 10, 8, 1e-3, 0.1, 0.97),
+    "inverted_double_pendulum": (2e7, 2048, 1024, 5, 4, 1e-2, 10.0, 0.97),
+    "walker2d": (5e7, 2048, 512, 20, 8, 1e-3, 5.0, 0.997),
 }
-# Settings of our own in which a CPU learns to balance the pendulum in half a minute
-SMALL_PPO = dict(
-    num_envs=128,
-    batch_size=32,
-    num_minibatches=8,
-    rollout_length=64,
-    num_epochs=4,
-    discount=0.99,
-    entropy_cost=1e-3,
-    reward_scale=0.01,
-    value_hidden=(64,) * 3,
-)
-# and the robots that walk, and the double pendulum, as far as 5 to 20 seconds of a core take them. Their physics costs
-# more than the networks: each step is learned from more often. The scale brings a discounted return near 1.
-_SMALL_TRANSFER_PPO = dict(num_envs=64, batch_size=16, num_minibatches=8, rollout_length=32, num_epochs=8)
-_SMALL_TRANSFER = {  # steps, reward scale
-    "ant": (1.5e5, 0.1),
-    "halfcheetah": (3e5, 0.1),
-    "hopper": (1.2e5, 0.1),
-    "humanoid": (1e5, 0.02),
-    "inverted_double_pendulum": (3e5, 0.01),
-    "walker2d": (2e5, 0.1),
+# Settings of our own in which a CPU learns to balance the pendulum in half a minute, and the others as far as 5 to 20
+# seconds of a core take them. Their physics costs more than the networks: each step is learned from more often. The scale
+# brings a discounted return near 1.
+SMALL_PPO = {
+    "inverted_pendulum": (5e5, 128, 32, 64, 4, 1e-3, 0.01, 0.99),
+    "ant": (1.5e5, 64, 16, 32, 8, 1e-3, 0.1, 0.99),
+    "halfcheetah": (3e5, 64, 16, 32, 8, 1e-3, 0.1, 0.99),
+    "hopper": (1.2e5, 64, 16, 32, 8, 1e-3, 0.1, 0.99),
+    "humanoid": (1e5, 64, 16, 32, 8, 1e-3, 0.02, 0.99),
+    "inverted_double_pendulum": (3e5, 64, 16, 32, 8, 1e-3, 0.01, 0.99),
+    "walker2d": (2e5, 64, 16, 32, 8, 1e-3, 0.1, 0.99),
 }
-# What differs in meta-training: the paper's, for ant and humanoid, and our own, with a tenth of an iteration's work.
-_PAPER_META_PPO = dict(
-    num_envs=2048, batch_size=1024, num_minibatches=8, rollout_length=5, num_epochs=4, value_hidden=(64,) * 5
-)
-_SMALL_META_PPO = dict(num_envs=32, batch_size=16, num_minibatches=4, rollout_length=32, num_epochs=2)
+SMALL_SIZES = dict(num_minibatches=8, value_hidden=(64,) * 3)
+# What differs in meta-training: the paper's, for ant and humanoid, and our own, with a tenth of an iteration's work
+PAPER_META_PPO = dict(num_envs=2048, batch_size=1024, num_minibatches=8, rollout_length=5, num_epochs=4)
+PAPER_META_PPO |= dict(value_hidden=(64,) * 5)
+SMALL_META_PPO = dict(num_envs=32, batch_size=16, num_minibatches=4, rollout_length=32, num_epochs=2)
 # The paper's reward scale and alpha of each world in meta-training (appendix).
 _META_WORLDS = {
     "small_dense_long": (1e3, 1e-3),
@@ -122,40 +91,34 @@ class MetaDefaults(NamedTuple):
 
 @functools.cache
 def make(name, num_envs=None, ppo_settings="small", truncation=False):
-    """The Task of that name. ValueError if there is none, or if a size makes no sense. truncation: as in gridworld.make."""
-    check(name, ppo_settings)
+    """The Task of that name. Raises ValueError if there is none. truncation: as in gridworld.make."""
     if name in WORLDS:
-        num_envs = num_envs if num_envs is not None else 64 if name == "catch" else 512
+        num_envs = num_envs or (64 if name == "catch" else 512)
         learner, config = _a2c(name, num_envs, truncation=truncation)
         steps = 5e5 if name == "catch" else 3e6
         return Task(name, learner, num_envs * config.rollout_length, 1, steps, (3e-3, 1e-2, 3e-2, 1e-1))
     steps, knobs = ppo_knobs(name, ppo_settings)
-    config, env = ppo.Config(**knobs), brax_env.make(name)
-    trajectories = config.batch_size * config.num_minibatches
+    config, env, is_paper = ppo.Config(**knobs), brax_env.make(name), ppo_settings == "paper"
     return Task(
         name,
         ppo.make(env, config),
-        trajectories * config.rollout_length,
-        config.num_epochs * config.num_minibatches,
-        steps,
-        (3e-4, 1e-3, 3e-3, 1e-2),
-        jax.jit(lambda agent, key, num: play(env, agent.params, agent.obs_stats, key, num), static_argnums=2),
-        EVALUATIONS.get(name, 20),
-        EVALUATION_EPISODES if ppo_settings == "paper" else SMALL_EVALUATION_EPISODES,
-        3 if ppo_settings == "paper" else None,  # minutes of an H100: a stop loses less, and memory is enough
+        steps_per_update=config.batch_size * config.num_minibatches * config.rollout_length,
+        optimizer_steps=config.num_epochs * config.num_minibatches,
+        steps=steps,
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
+        play=jax.jit(lambda agent, key, num: play(env, agent.params, agent.obs_stats, key, num), static_argnums=2),
+        evaluations=10 if name in ("ant", "humanoid") else 20,  # as in the paper
+        evaluation_episodes=EVALUATION_EPISODES if is_paper else SMALL_EVALUATION_EPISODES,
+        side_by_side=3 if is_paper else None,  # minutes of an H100: a stop loses less, and memory is enough
     )
 
 
 def make_unit(name, reward_scale, num_envs=1, ppo_settings="small"):
     """The Learner of a unit in meta-training.
 
-    Args:
-        name: one of NAMES.
-        reward_scale: factor on rewards; a world's metrics contain it, a robot's do not.
-        num_envs: environments of an A2C unit; a robot's are among PPO's settings.
-        ppo_settings: one of PPO_SETTINGS.
+    reward_scale: factor on rewards; a world's metrics contain it, a robot's do not; num_envs: environments of an A2C unit, a
+    robot's are among PPO's settings.
     """
-    check(name, ppo_settings)
     if name in WORLDS:
         return _a2c(name, num_envs, reward_scale)[0]
     return ppo.make(brax_env.make(name), replace(_meta_ppo(name, ppo_settings), reward_scale=reward_scale))
@@ -212,25 +175,14 @@ def clipped(name, optimizer):
     return optimizer if name == "catch" else optax.chain(optax.clip(1.0), optimizer)
 
 
-def check(name, ppo_settings):
-    """Raises ValueError for a name that does not exist."""
-    if name not in NAMES:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(NAMES)}")
-    if ppo_settings not in PPO_SETTINGS:
-        raise ValueError(f"--ppo is {ppo_settings!r}; known: {', '.join(PPO_SETTINGS)}")
-
-
 def ppo_knobs(name, ppo_settings):
-    """(steps, knobs of ppo.Config) of a robot as tested. A robot that the paper does not use takes ant's."""
-    if ppo_settings == "paper":
-        return PAPER_PPO.get(name, PAPER_PPO["ant"])
-    if name in _SMALL_TRANSFER:
-        steps, reward_scale = _SMALL_TRANSFER[name]
-        return steps, SMALL_PPO | _SMALL_TRANSFER_PPO | dict(reward_scale=reward_scale)
-    return 5e5, SMALL_PPO
+    """(steps, knobs of ppo.Config) of a robot as tested."""
+    table, sizes = (PAPER_PPO, {}) if ppo_settings == "paper" else (SMALL_PPO, SMALL_SIZES)
+    steps, *knobs = table.get(name, next(iter(table.values())))
+    return steps, dict(zip(PPO_KNOBS, knobs)) | sizes
 
 
 def _meta_ppo(name, ppo_settings):
     """ppo.Config of a unit."""
     _, knobs = ppo_knobs(name, ppo_settings)
-    return ppo.Config(**knobs | (_PAPER_META_PPO if ppo_settings == "paper" else _SMALL_META_PPO))
+    return ppo.Config(**knobs | (PAPER_META_PPO if ppo_settings == "paper" else SMALL_META_PPO))

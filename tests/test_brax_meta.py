@@ -241,15 +241,3 @@ def test_what_no_flag_says_depends_on_task_and_estimator():
         assert meta_train.per_task(config, "alpha") == alphas
         assert meta_train.per_task(config, "reward_scale") == reward_scales
     assert meta_train.per_task(dataclasses.replace(config, alpha=(0.5,)), "alpha") == [0.5] * 3
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(tasks=("ants",)), "unknown task 'ants'; known: small_sparse_short.*ant, halfcheetah"),
-        (dict(tasks=("ant",), ppo="large"), "--ppo is 'large'; known: small, paper"),
-    ],
-)
-def test_robots_that_do_not_exist_are_refused(changes, message):
-    with pytest.raises(runs.UsageError, match=message):
-        meta_train.check(meta_train.Config(**changes))
