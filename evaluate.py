@@ -15,9 +15,8 @@ reported run), summary.json, curves.png, runs/ (each finished run, and the one u
 with --render, films.
 """
 
-import csv
+import contextlib
 import itertools
-import json
 import pathlib
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,8 +29,6 @@ from harness import agents, films, kept, plots, runs, statistics, stops, tasks, 
 from learned_optimizers import velo
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz
-
-
 TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 
 
@@ -59,14 +56,11 @@ class Config:
 
 PRESETS = {
     "quick": {},
-    "gridworlds": dict(  # one alpha for GatedAdam, the others tuned on each task
-        tasks=tasks.PAPER_WORLDS,
-        optimizers=("gated_adam", "untrained_gated_adam", "sign_descent", "adam", "rmsprop"),
-        fixed=("gated_adam=0.03",),
-        learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-        seeds=10,
-        steps=5e6,
-    ),
+    # One alpha for GatedAdam, the others tuned on each task
+    "gridworlds": dict(
+        tasks=tasks.PAPER_WORLDS, seeds=10, steps=5e6, learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    )
+    | dict(optimizers=("gated_adam", "untrained_gated_adam", *agents.HAND_DESIGNED), fixed=("gated_adam=0.03",)),
     "transfer": dict(tasks=tuple(tasks.PAPER_PPO)),
     "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
@@ -82,9 +76,7 @@ def check(config):
         names = ", ".join(tasks.ROBOTS)
         raise runs.UsageError(f"--render films robots, and --tasks {','.join(config.tasks)} names none; known: {names}")
     optimizers = make_optimizers(config)
-    return [
-        runs.usage(tasks.make, name, config.num_envs, config.ppo, config.truncation) for name in config.tasks
-    ], optimizers
+    return [tasks.make(name, config.num_envs, config.ppo, config.truncation) for name in config.tasks], optimizers
 
 
 def make_optimizers(config):
@@ -117,25 +109,24 @@ def weight_files(config):
 
 
 def load_optimizer(name, file):
-    """The agents.Optimizer of a learned optimizer and its weight file, which also says what inputs it was learned with."""
-    more = f"; {velo.SOURCES}" if name == "velo" else ""
-    if file is None:
-        remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
-        raise runs.UsageError(f"{name} needs weights: {remedy}{more}")
+    """The agents.Optimizer of a learned optimizer and its weight file, which also says what inputs it was learned with.
+
+    file: path, or None where there is none. Raises runs.UsageError: no such file, or not one of this optimizer.
+    """
     try:
+        if file is None:
+            raise FileNotFoundError
         if name == "velo" and pathlib.Path(file).suffix != ".npz":  # the published weights
             return agents.Optimizer(name, velo.load(file)[0])
         meta_params, metadata = weights.load(file, name, agents.LEARNED[name].init(jax.random.key(0)))
     except FileNotFoundError:
-        raise runs.UsageError(
-            f"no weight file {file}; python meta_train.py --optimizer {name} makes one{more}"
-        ) from None
+        missing = f"no weight file {file}" if file else f"{name} needs weights"
+        remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
+        more = f"; {velo.SOURCES}" if name == "velo" else ""
+        raise runs.UsageError(f"{missing}: {remedy}{more}") from None
     except ValueError as error:
         raise runs.UsageError(error) from None
-    inputs = metadata.get("inputs", "raw")
-    if inputs not in agents.INPUTS:
-        raise runs.UsageError(f"{file} was learned with {inputs!r} inputs; known: {', '.join(agents.INPUTS)}")
-    return agents.Optimizer(name, meta_params, inputs)
+    return agents.Optimizer(name, meta_params, metadata.get("inputs", "raw"))
 
 
 def fixed_rates(config):
@@ -143,83 +134,54 @@ def fixed_rates(config):
     rates = {}
     for text in config.fixed:
         name, _, alpha = text.partition("=")
-        try:
+        with contextlib.suppress(ValueError):
             rates[name] = [float(alpha)]
-        except ValueError:
-            rates[name] = [0.0]
-        if name not in config.optimizers or not 0 < rates[name][0] <= 1e12:
+        if name not in config.optimizers or not 0 < rates.get(name, [0])[0] <= 1e12:
             raise runs.UsageError(f"--fixed has {text!r}; give NAME=ALPHA, NAME one of {', '.join(config.optimizers)}")
     return rates
 
 
-def open_folder(config, optimizers):
-    """The run's folder, new or resumed, with all that the runs write to."""
-    folder = runs.open_folder("evaluate", config)
-    try:
-        for name in ("runs", "policies", "weights"):
-            (folder / name).mkdir(exist_ok=True)
-        for name in set(agents.LEARNED) & set(optimizers):
-            weights.save(
-                folder / "weights" / f"{name}.npz",
-                optimizers[name].meta_params,
-                {"inputs": optimizers[name].inputs},
-                name,
-            )
-        (folder / "curves.csv").open("a").close()
-    except OSError as error:
-        raise runs.UsageError(f"cannot write to {folder}: {error.strerror}; make it writable") from None
-    return folder
-
-
-def report(config, folder, task, optimizer, mesh, stop):
-    """Tunes and trains with one optimizer, under a progress bar: (agents.Tuned, further entries of its row)."""
-    key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
-    rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
-    rates = fixed_rates(config).get(optimizer.name, rates)
-    metadata = {"config": asdict(config)}
-    store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, metadata, config.checkpoint_every)
-    bar_format = "{desc:36} {percentage:3.0f}% |{bar:30}| {elapsed} < {remaining}"
-    with tqdm(total=100, desc=f"{task.name} {optimizer.name}", bar_format=bar_format) as bar:
-
-        def progress(part):
-            bar.update(min(100 * part, 100 - bar.n))
-            if stop:
-                raise SystemExit(128 + stop[0])
-
-        result = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, progress, store)
-    more = {}
-    if task.play:
-        values = kept.deterministic_returns(folder, task.name, optimizer.name, result.alpha, config.seeds)
-        more = statistics.measured("deterministic", values)
-    return result, more
-
-
-def run_all(config, folder, all_tasks, optimizers, mesh, stop):
-    """All optimizers on all tasks; writes curves.csv, summary.json and curves.png: statistics.Comparison."""
-    results = statistics.Comparison()
-    with open(folder / "curves.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "optimizer", "alpha", "run", "step", "episode_return"])
-        for task, optimizer in itertools.product(all_tasks, optimizers.values()):
-            tuned, more = report(config, folder, task, optimizer, mesh, stop)
-            write_curves(writer, results.add(task.name, optimizer.name, tuned, **more), tuned.runs)
-            file.flush()
-    with runs.whole_file(folder / "summary.json", "w") as file:
-        json.dump(results.rows, file, indent=1)
-    plots.learning_curves(folder / "curves.png", [folder])
+def run_all(config, folder, all_tasks, optimizers, mesh):
+    """{(task, optimizer): agents.Tuned}: tunes and trains with all optimizers on all tasks."""
+    for part in ("runs", "policies", "weights"):
+        (folder / part).mkdir(exist_ok=True)
+    for name in set(agents.LEARNED) & set(optimizers):  # from these copies a run is resumed
+        _, meta_params, inputs = optimizers[name]
+        weights.save(folder / "weights" / f"{name}.npz", meta_params, {"inputs": inputs}, name)
+    results, metadata = {}, {"config": asdict(config)}
+    pairs = list(itertools.product(all_tasks, optimizers.values()))
+    for task, optimizer in tqdm(pairs, desc="all", unit="optimizer"):
+        key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
+        rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
+        rates = fixed_rates(config).get(optimizer.name, rates)
+        store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, metadata, config.checkpoint_every)
+        tuned = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, store)
+        if task.play:
+            values = kept.deterministic_returns(folder, task.name, optimizer.name, tuned.alpha, config.seeds)
+            tuned = tuned._replace(deterministic=values)
+        results[task.name, optimizer.name] = tuned
     return results
 
 
-def write_curves(writer, row, all_runs):
-    """The curves of one optimizer as rows of curves.csv."""
-    for i, returns in enumerate(all_runs.returns):
-        for step, value in zip(all_runs.steps, returns):
-            writer.writerow([row["task"], row["optimizer"], row["alpha"], i, int(step), f"{value:.6g}"])
+def write(folder, results):
+    """Writes curves.csv, summary.json and curves.png, and prints the table."""
+    rows = [
+        [*pair, tuned.alpha, run, int(step), f"{value:.6g}"]
+        for pair, tuned in results.items()
+        for run, returns in enumerate(tuned.runs.returns)
+        for step, value in zip(tuned.runs.steps, returns)
+    ]
+    header = ["task", "optimizer", "alpha", "run", "step", "episode_return"]
+    runs.write_csv(folder / "curves.csv", header, rows)
+    rows, text = statistics.report(results)
+    runs.write_json(folder / "summary.json", rows)
+    plots.learning_curves(folder / "curves.png", results)
+    print(f"\n{text}")
 
 
-def film(config, folder, all_tasks):
+def film(config, folder, robots):
     """An HTML file of one episode of the first reported robot of each optimizer."""
-    for task, optimizer in itertools.product([task for task in all_tasks if task.play], config.optimizers):
+    for task, optimizer in itertools.product(robots, config.optimizers):
         try:
             params, stats, metadata = kept.load_policy(kept.policy_path(folder, task.name, optimizer, 0))
         except (OSError, ValueError) as error:
@@ -234,25 +196,20 @@ def main(argv=None):
     config = runs.parse(Config, PRESETS, __doc__, argv)
     mesh = runs.use_devices(config.devices)
     all_tasks, optimizers = check(config)
-    with stops.graceful_stop(config.time_limit) as stop:
-        folder = open_folder(config, optimizers)
-        with runs.only_one(folder), stops.told(runs.how_to_resume("evaluate.py", folder)):
-            print(
-                f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}"
-            )
-            results = run_all(config, folder, all_tasks, optimizers, mesh, stop)
-    print(f"\n{results.text(config.seeds)}")
-    if any(task.play for task in all_tasks):
-        episodes = ", ".join(f"{x.name} {x.evaluations} x {x.evaluation_episodes}" for x in all_tasks if x.play)
+    folder = runs.open_folder("evaluate", config)
+    with runs.only_one(folder), stops.graceful_stop(runs.how_to_resume("evaluate.py", folder), config.time_limit):
+        print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
+        results = run_all(config, folder, all_tasks, optimizers, mesh)
+    write(folder, results)
+    if robots := [task for task in all_tasks if task.play]:
+        episodes = ", ".join(f"{task.name} {task.evaluations} x {task.evaluation_episodes}" for task in robots)
         print(
             f"A robot's returns are of episodes without noise, as in the paper ({episodes}, in a run); the last column:"
         )
-        print(
-            f"{tasks.EVALUATION_EPISODES} more at the end of each reported run. Those in training are kept in {folder}/runs."
-        )
+        print(f"{tasks.EVALUATION_EPISODES} more at the end. The returns in training are kept in {folder}/runs.")
     print(f"Curves: {folder}/curves.png")
     if config.render:
-        film(config, folder, all_tasks)
+        film(config, folder, robots)
 
 
 if __name__ == "__main__":

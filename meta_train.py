@@ -12,11 +12,8 @@ checkpoints/, curves.png and, at the end, summary.json with the table.
 """
 
 import itertools
-import json
-import math
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal
 
 import jax
@@ -76,63 +73,27 @@ class Config:
 
 
 # The paper's gradient, and as much of its pipeline as 2 CPU cores train in 2 minutes
-_GRADIENT = dict(
-    inputs="raw",
-    estimator="gradient",
-    num_units=64,
-    num_envs=1,
-    meta_steps=400,
-    reset_interval=(72,),
-    meta_learning_rate=1e-3,
-    meta_decay=1.0,
-    gru_scale=1.0,
-    alpha=(),
-    test_learning_rates=(),
-)
+GRADIENT = dict(inputs="raw", estimator="gradient", num_units=64, num_envs=1, meta_steps=400, reset_interval=(72,))
+GRADIENT |= dict(meta_learning_rate=1e-3, meta_decay=1.0, gru_scale=1.0, alpha=(), test_learning_rates=())
 PRESETS = {
     "quick": {},
-    "gradient": _GRADIENT,
-    "paper": _GRADIENT
-    | dict(
-        tasks=tasks.PAPER_WORLDS,
-        num_units=512,
-        meta_steps=585,
-        reset_interval=(288,),
-        test_tasks=tasks.WORLDS,
-        test_steps=5e6,
-        test_envs=512,
-    ),
-    "gated_adam": dict(
-        tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"),
-        optimizer="gated_adam",
-        meta_steps=1250,
-        reset_interval=(125,),
-        sigma=0.4,
-        meta_learning_rate=4e-3,
-        meta_decay=1.0,
-        keep=0.5,
-        alpha=(0.03,),
-        test_learning_rates=(),
-    ),
-    "pendulum": _GRADIENT
-    | dict(
-        tasks=("inverted_pendulum",),
-        num_units=8,
-        meta_steps=100,
-        reset_interval=(12,),
-        alpha=(3e-4,),
-        meta_learning_rate=5e-3,
-        test_tasks=("inverted_pendulum",),
-        test_seeds=3,
-    ),
+    "gradient": GRADIENT,
+    "paper": GRADIENT
+    | dict(tasks=tasks.PAPER_WORLDS, num_units=512, meta_steps=585, reset_interval=(288,))
+    | dict(test_tasks=tasks.WORLDS, test_steps=5e6, test_envs=512),
+    "gated_adam": dict(optimizer="gated_adam", alpha=(0.03,), keep=0.5, test_learning_rates=())
+    | dict(tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"))
+    | dict(meta_steps=1250, reset_interval=(125,), sigma=0.4, meta_learning_rate=4e-3, meta_decay=1.0),
+    "pendulum": GRADIENT
+    | dict(tasks=("inverted_pendulum",), num_units=8, meta_steps=100, reset_interval=(12,))
+    | dict(alpha=(3e-4,), meta_learning_rate=5e-3, test_tasks=("inverted_pendulum",), test_seeds=3),
 }
 
 
 def make_tasks(config, mesh):
     """The pipeline's tasks: in each, an agent that learns it, and the optimizer as a function of its meta-parameters."""
-    estimator = pipeline.gradient
-    if config.estimator != "gradient":
-        estimator = getattr(evolution, config.estimator)(config.sigma, config.noise_interval)
+    estimators = {"gradient": pipeline.gradient, "nres": evolution.nres(config.sigma, config.noise_interval)}
+    estimators["pes"] = evolution.pes(config.sigma, config.noise_interval)
 
     def make_task(name, alpha, reward_scale, settings):
         life = (settings.resets != "none" and settings.reset_interval) or config.meta_steps
@@ -140,70 +101,59 @@ def make_tasks(config, mesh):
         rule = agents.make_rule(config.optimizer, config.inputs, steps)
         learner = tasks.make_unit(name, reward_scale, config.num_envs, config.ppo)
         make_optimizer = lambda scaled: tasks.clipped(name, rule(alpha, unscaled(config, scaled)))
-        return pipeline.make_task(learner, make_optimizer, settings, mesh, estimator)
+        return pipeline.make_task(learner, make_optimizer, settings, mesh, estimators[config.estimator])
 
     alphas, reward_scales = per_task(config, "alpha"), per_task(config, "reward_scale")
     return list(map(make_task, config.tasks, alphas, reward_scales, pipeline_configs(config)))
 
 
 def learn(config, mesh, folder):
-    """The meta-training, from the folder's newest checkpoint if it has one: (meta-parameters, the rows of metrics.csv)."""
-    all_tasks = make_tasks(config, mesh)
-    clip = (optax.clip if config.clip_entries else optax.clip_by_global_norm)(config.meta_grad_clip)
-    first, last = config.meta_learning_rate, config.meta_learning_rate * config.meta_decay
-    meta_optimizer = optax.chain(clip, optax.adam(optax.linear_schedule(first, last, config.meta_steps)))
+    """Algorithm 1's loop, from the folder's newest checkpoint if it has one: (meta-parameters, the rows of metrics.csv)."""
+    all_tasks, meta_optimizer = make_tasks(config, mesh), make_meta_optimizer(config)
     _, run_key = jax.random.split(jax.random.key(config.seed))
-    norm = config.task_grad_norm or None
-    meta_step = lambda state: pipeline.meta_step(all_tasks, meta_optimizer, state, run_key, norm)
-    with checkpoints.manager(folder / "checkpoints") as manager:
-        start = jax.tree.map(jnp.divide, init_meta_params(config), scales(config))
+    start = jax.tree.map(jnp.divide, init_meta_params(config), scales(config))
+
+    def save(state):
+        """All that a resumed run needs, and the weights of now for evaluate.py."""
+        checkpoints.save(manager, int(state.step), state)
+        save_weights(folder, config, kept(config, state.meta_params), {"meta_steps": int(state.step)})
+
+    with checkpoints.manager(folder / "checkpoints", runs.how_to_resume("meta_train.py", folder)) as manager:
         state = pipeline.init(all_tasks, meta_optimizer, start, run_key)
-        with checkpoints.failures_in_one_line(folder, manager, runs.how_to_resume("meta_train.py", folder)):
-            state = checkpoints.continued(manager, state, finished=(folder / "optimizer.npz").exists())
-            path = folder / "metrics.csv" if runs.is_first_process() else None
-            log = metrics.Log(path, config.tasks, metric_scales(config), int(state.step))
-            state, signal = advance(config, meta_step, state, log, partial(save, manager, folder, config, log))
+        state = checkpoints.restore(manager, state, finished=(folder / "optimizer.npz").exists())
+        log = metrics.Log(folder / "metrics.csv", config.tasks, metric_scales(config), int(state.step))
+        saved, signal, first = time.monotonic(), 0, int(state.step)
+        bar = {"unit": "meta-step", "dynamic_ncols": True, "disable": not runs.is_first_process()}
+        bar = tqdm(range(first, config.meta_steps), initial=first, total=config.meta_steps, **bar)
+        for step in bar:
+            state, step_metrics = pipeline.meta_step(
+                all_tasks, meta_optimizer, state, run_key, config.task_grad_norm or None
+            )
+            log.add(step, step_metrics)
+            bar.set_postfix(log.recent(), refresh=False)
+            overdue = time.monotonic() - saved > config.checkpoint_every
+            signal, overdue = runs.highest(stops.received(), overdue)
+            if signal or ((step + 1) % metrics.WINDOW == 0 and log.lost_tasks()):
+                break
+            if overdue:
+                save(state)
+                saved = time.monotonic()
+        save(state)
     if lost := log.lost_tasks():
         raise SystemExit(
             f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in most of "
             f"the last {metrics.WINDOW}; those meta-steps changed nothing; the weights are in {folder}/optimizer.npz"
         )
     if signal:
-        raise SystemExit(128 + signal)
+        raise SystemExit(128 + int(signal))
     return kept(config, state.meta_params), log.rows
 
 
-def advance(config, meta_step, state, log, save):
-    """Meta-steps until the run ends, a signal comes or a task has lost its gradient; saves at intervals of time and at the end.
-
-    Returns: (MetaState, the signal's number or 0).
-    """
-    saved, steps = time.monotonic(), range(int(state.step), config.meta_steps)
-    progress = {"unit": "meta-step", "dynamic_ncols": True, "disable": not runs.is_first_process()}
-    with stops.graceful_stop() as signals, tqdm(total=config.meta_steps, initial=steps.start, **progress) as bar:
-        for step in steps:
-            state, step_metrics = meta_step(state)
-            log.add(step, step_metrics)
-            bar.set_postfix(log.recent(), refresh=False)
-            bar.update()
-            lost = (step + 1) % metrics.WINDOW == 0 and bool(log.lost_tasks())
-            overdue = time.monotonic() - saved > config.checkpoint_every
-            signal, lost, overdue = runs.highest(max(signals, default=0), lost, overdue)
-            if signal or lost:
-                break
-            if overdue:
-                save(state)
-                saved = time.monotonic()
-        save(state)
-        (signal,) = runs.highest(max(signals, default=0))  # also one that came while the last state was saved
-    return state, int(signal)
-
-
-def save(manager, folder, config, log, state):
-    """Everything that a resumed run needs, and the weights of now for evaluate.py."""
-    log.flush()
-    checkpoints.save(manager, int(state.step), state)
-    save_weights(folder, config, kept(config, state.meta_params), {"meta_steps": int(state.step)})
+def make_meta_optimizer(config):
+    """Adam on the meta-parameters behind a clip."""
+    clip = (optax.clip if config.clip_entries else optax.clip_by_global_norm)(config.meta_grad_clip)
+    first, last = config.meta_learning_rate, config.meta_learning_rate * config.meta_decay
+    return optax.chain(clip, optax.adam(optax.linear_schedule(first, last, config.meta_steps)))
 
 
 def save_weights(folder, config, meta_params, metadata):
@@ -247,23 +197,19 @@ def test(config, mesh, folder, learned_params):
     learned = agents.Optimizer(config.optimizer, learned_params, config.inputs)
     untrained = agents.Optimizer(f"untrained_{config.optimizer}", init_meta_params(config), config.inputs)
     optimizers = [learned, untrained, *map(agents.Optimizer, agents.HAND_DESIGNED)]
-    results, pairs = statistics.Comparison(), list(itertools.product(config.test_tasks, optimizers))
-    with tqdm(total=len(pairs), bar_format="{desc:44} {bar:30} {elapsed} < {remaining}") as bar:
-        progress = lambda part: bar.update(min(part, len(pairs) - bar.n))
-        for name, optimizer in pairs:
-            bar.set_description(f"testing {optimizer.name} on {name}")
-            task = tasks.make(name, config.test_envs, config.ppo)
-            rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
-            key = agents.task_key(config.seed, name)
-            tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps, progress)
-            results.add(name, optimizer.name, tuned, seen=name in config.tasks)
-    with runs.whole_file(folder / "summary.json", "w") as file:
-        json.dump(results.rows, file, indent=1)
-    save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": results.rows})
+    results, pairs = {}, list(itertools.product(config.test_tasks, optimizers))
+    for name, optimizer in tqdm(pairs, desc="test", unit="optimizer"):
+        task, key = tasks.make(name, config.test_envs, config.ppo), agents.task_key(config.seed, name)
+        rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
+        tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps)
+        results[name, optimizer.name] = tuned
+    rows, text = statistics.report(results)
+    runs.write_json(folder / "summary.json", rows)
+    save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})
     unseen = ", ".join(name for name in config.test_tasks if name not in config.tasks) or "none"
     print(f"\nFresh agents, {config.test_steps:.1e} steps; in gridworlds {config.test_envs} environments.")
     print(f"Every optimizer is tuned: the best of several alphas on {agents.TUNING_SEEDS} other seeds.")
-    print(f"Never seen in meta-training: {unseen}.\n\n{results.text(config.test_seeds)}")
+    print(f"Never seen in meta-training: {unseen}.\n\n{text}")
     print("The intervals are over agents of this one meta-run; another meta-run makes another optimizer.")
 
 
@@ -294,22 +240,15 @@ def pipeline_configs(config):
 def check(config):
     """Raises UsageError for what cannot be, before anything is written."""
     runs.check_different(config, ("tasks",))
-    for name in config.tasks + config.test_tasks:
-        runs.usage(tasks.check, name, config.ppo)
     runs.check_seed(config.seed)
-    runs.check_positive(config, ("num_units", "num_envs", "alpha", "reward_scale", "sigma", "meta_steps"))
-    runs.check_positive(
-        config, ("meta_learning_rate", "meta_grad_clip", "gru_scale", "checkpoint_every", "inner_updates")
-    )
-    runs.check_positive(config, ("test_envs", "test_steps", "test_seeds", "test_learning_rates"))
+    sizes = ("num_units", "num_envs", "meta_steps", "inner_updates", "test_envs", "test_steps", "test_seeds")
+    rates = ("alpha", "reward_scale", "sigma", "meta_learning_rate", "meta_grad_clip", "gru_scale")
+    runs.check_positive(config, (*sizes, *rates, "test_learning_rates", "checkpoint_every"))
     for name in ("alpha", "reward_scale", "reset_interval"):
         per_task(config, name)
-    for name in ("meta_decay", "keep"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be between 0 and 1")
-    for name in ("task_grad_norm", "noise_interval"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be positive, or 0")
+    for name, most in (("meta_decay", 1), ("keep", 1), ("task_grad_norm", 1e12), ("noise_interval", 2**31)):
+        if not 0 <= getattr(config, name) <= most:
+            raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be between 0 and {most:g}")
     never_reset = config.resets == "none" or 0 in config.reset_interval
     if never_reset and config.estimator != "gradient" and not config.noise_interval:
         raise runs.UsageError(f"{config.estimator} without resets never draws its noise again; give --noise-interval")
@@ -321,11 +260,15 @@ def main(argv=None):
     runs.join_processes(config.coordinator, config.num_processes, config.process_id)
     mesh = runs.use_devices(config.devices, divides=config.num_units)
     runs.check_same_everywhere(config)
-    for settings in pipeline_configs(config):
-        runs.usage(pipeline.check, settings, mesh.devices.size)
+    try:
+        for settings in pipeline_configs(config):
+            pipeline.check(settings, mesh.devices.size)
+    except ValueError as error:
+        raise runs.UsageError(error) from None
     folder = runs.open_folder("meta_train", config)
+    how_to_resume = runs.how_to_resume("meta_train.py", folder)
     say = print if runs.is_first_process() else lambda text: None
-    with runs.only_one(folder), stops.told(runs.how_to_resume("meta_train.py", folder)):
+    with runs.only_one(folder), stops.graceful_stop(how_to_resume):
         units = f"{config.num_units} units each of {', '.join(config.tasks)}"
         say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {units}; results in {folder}")
         say(f"{config.optimizer} with {config.inputs} inputs by {config.estimator}; the paper's: --preset gradient")
@@ -334,9 +277,7 @@ def main(argv=None):
             plots.meta_training(folder / "curves.png", rows, config.tasks)
         say(f"Weights: {folder}/optimizer.npz   Curves: {folder}/curves.png")
         if config.test_tasks and jax.process_count() > 1:
-            say(
-                f"The table of fresh agents is left to one process alone; {runs.how_to_resume('meta_train.py', folder)}"
-            )
+            say(f"The table of fresh agents is left to one process alone; {how_to_resume}")
         elif config.test_tasks:
             test(config, mesh, folder, learned_params)
 
