@@ -1,6 +1,5 @@
 """What the experiments share: meta-runs of meta_train.py that are made once, and agents trained with what they learned."""
 
-import csv
 import pathlib
 from functools import partial
 
@@ -43,11 +42,3 @@ def run(name, config, mesh, body, time_limit=None):
     how_to_resume = runs.how_to_resume(f"-m experiments.{name}", folder)
     with runs.only_one(folder), stops.graceful_stop(how_to_resume, time_limit):
         return body(folder)
-
-
-def write_rows(path, rows):
-    """Writes dicts with the same names as a CSV file."""
-    with runs.whole_file(path, "w") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -77,7 +77,7 @@ def number(x):
 
 
 def span(mean, low, high):
-    return f"{number(mean)} [{number(low)}, {number(high)}]"
+    return statistics.shown(mean, low, high, number)
 
 
 def shown(values):

@@ -166,8 +166,7 @@ def phase_histograms(step, init, key, config):
     state = init(init_key)
     keys = tqdm(jax.random.split(updates_key, config.updates), desc=config.figure, unit="update")
     for t, step_key in enumerate(keys):
-        if stops.received():
-            raise SystemExit(128 + stops.received()[0])
+        stops.end_if_received()
         state, counted = step(state, step_key)
         inside = (starts <= t) & (t < starts + length)
         if inside.any():

@@ -116,7 +116,7 @@ def test(name, label, alphas, seeds, settings, config, folder, mesh):
         if title == "tuned":
             rates = agents.learning_rates(options[best], rates)
         if len(options) > 1:
-            areas = {option: run(option, rates, 0, TUNING_SEEDS)[1] for option in options}
+            areas = {option: run(option, rates, 0, TUNING_SEEDS).tuning_area for option in options}
             best = max(areas, key=lambda option: statistics.worst_if_diverged(areas[option]))
         more = {"alphas": list(rates), "chosen": best}
         more |= {"tuning_areas": {option: statistics.json_number(area) for option, area in areas.items()}}
@@ -251,8 +251,7 @@ def make(config, piece, mesh):
     if curves:
         with runs.whole_file(folder / f"{piece.name}.npz", "wb") as file:
             np.savez_compressed(file, **curves)
-    with runs.whole_file(folder / f"{piece.name}.json", "w") as file:
-        json.dump({title: row for title, (row, _) in results.items()}, file, indent=1)
+    runs.write_json(folder / f"{piece.name}.json", {title: row for title, (row, _) in results.items()})
 
 
 def panel_table(panel):
@@ -285,7 +284,7 @@ def main(argv=None):
         return print_plan(config, chosen)
     mesh = runs.use_devices(config.devices, divides=64)
     everything = config.only or mesh.devices.flat[0].platform != "cpu"
-    with stops.told(f"to continue: {runs.command()}"), stops.graceful_stop(config.time_limit):
+    with stops.graceful_stop(f"to continue: {runs.command()}", config.time_limit):
         for piece in chosen:
             if (everything or piece.on_cpu) and state_of(config, piece) != "done":
                 print(

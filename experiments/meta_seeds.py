@@ -11,7 +11,6 @@ in each of agents.VARIANTS. The folder receives config.json, agents.csv (one row
 folder of meta_train.py per meta-run), summary.json and learned_step.png.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,12 +85,14 @@ def summarize(results, seeds):
     }
 
 
-def agent_rows(results):
+def write_agents(path, results):
     """One row per reported agent."""
-    for (task, label), result in results.items():
-        for i, (area, final) in enumerate(zip(result.runs.area(), result.runs.final())):
-            row = {"task": task, "optimizer": label, "alpha": result.alpha, "agent": i}
-            yield row | {"area": f"{area:.6g}", "final": f"{final:.6g}"}
+    rows = [
+        [*pair, result.alpha, i, f"{area:.6g}", f"{final:.6g}"]
+        for pair, result in results.items()
+        for i, (area, final) in enumerate(zip(result.runs.area(), result.runs.final()))
+    ]
+    runs.write_csv(path, ["task", "optimizer", "alpha", "agent", "area", "final"], rows)
 
 
 def write_curves(path, results):
@@ -194,10 +195,9 @@ def main(argv=None):
     def body(folder):
         results = run_all(config, folder, mesh)
         summary = summarize(results, config.seeds)
-        arms.write_rows(folder / "agents.csv", list(agent_rows(results)))
+        write_agents(folder / "agents.csv", results)
         write_curves(folder / "curves.npz", results)
-        with runs.whole_file(folder / "summary.json", "w") as file:
-            json.dump(summary, file, indent=1)
+        runs.write_json(folder / "summary.json", summary)
         print(
             f"\nArea / that of the better of Adam and RMSProp\n{table(summary)}\n{above(summary)} meta-runs are above 1."
         )

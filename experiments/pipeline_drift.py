@@ -105,11 +105,8 @@ def main(argv=None):
         counts = lives(config, mesh)
         of_group = lambda group, resets: drift.drift(phases(seen(group, resets)), drift.EDGES)
         drifts = {resets: [of_group(group, resets) for group in counts] for resets in RESETS}
-        of_resets = {resets: [f"{x:.6g}" for x in values] for resets, values in drifts.items()}
-        arms.write_rows(
-            folder / "results.csv",
-            [{"group": i} | {r: x[i] for r, x in of_resets.items()} for i in range(config.groups)],
-        )
+        rows = [[i, *(f"{x:.6g}" for x in row)] for i, row in enumerate(zip(*drifts.values()))]
+        runs.write_csv(folder / "results.csv", ["group", *RESETS], rows)
         for resets, values in drifts.items():
             print(f"{resets:14} drift {contents.shown(values)} decades")
         print(f"{statistics.caption(config.groups)} A seed is a group of units here.")

@@ -181,7 +181,7 @@ def main(argv=None):
     def body(folder):
         results = run_all(config, folder, mesh)
         made = list(rows(results))
-        arms.write_rows(folder / "results.csv", made)
+        runs.write_csv(folder / "results.csv", made[0], [row.values() for row in made])
         curves = {f"{label}-{seed}": np.float32(tuned.runs.returns) for (label, seed), (tuned, _) in results.items()}
         with runs.whole_file(folder / "curves.npz", "wb") as file:
             np.savez_compressed(file, **curves)

@@ -165,7 +165,7 @@ def table(rows):
         setting = row["estimator"], row["resets"]
         scores.setdefault(setting, {}).setdefault(row["meta_learning_rate"], []).append(float(row["score"]))
     shown = lambda x: contents.number(x) if x < 100 else "> 100"
-    of_rate = lambda values: "{} [{}, {}]".format(*map(shown, statistics.interval(values)))
+    of_rate = lambda values: statistics.shown(*statistics.interval(values), shown)
     lines = [[*setting, *map(of_rate, rates.values())] for setting, rates in scores.items()]
     return contents.markdown(f"meta-gradient by | resets | {' | '.join(RATES)}", *lines)
 
@@ -196,7 +196,7 @@ def main(argv=None):
         for setting, thetas in learned.items():
             for seed, value in enumerate(score(thetas)):
                 rows.append(dict(zip(COLUMNS, (*setting, seed, f"{value:.6g}"))))
-        arms.write_rows(folder / "results.csv", rows)
+        runs.write_csv(folder / "results.csv", COLUMNS, [row.values() for row in rows])
         print(f"\nMean loss over a life, in units of the best constant step's.\n{table(rows)}")
         print(f"A step size made by hand: {hand_made_loss / best_constant:.2f}. {statistics.caption(config.seeds)}")
         print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_toy.png', learned, hand_made)}")

@@ -38,7 +38,7 @@ def test_the_best_setting_on_tuning_seeds_is_tested_and_only_that_one_is_tuned(t
     def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps, tuning_seeds):
         calls.append((label, tuple(rates), num_seeds, steps, tuning_seeds))
         if not num_seeds:
-            return rates[0], areas[label]
+            return agents.Tuned(rates[0], None, areas[label])
         return agents.Tuned(rates[0], agents.Runs(np.array([10, 20]), np.ones((num_seeds, 2))), np.nan)
 
     monkeypatch.setattr(full_size, "candidates", lambda *args: options)
