@@ -23,7 +23,6 @@ from functools import partial
 from typing import Literal
 
 import jax
-from tqdm import tqdm
 
 from harness import agents, films, kept, plots, runs, statistics, stops, tasks, weights
 from learned_optimizers import velo
@@ -149,8 +148,7 @@ def run_all(config, folder, all_tasks, optimizers, mesh):
         _, meta_params, inputs = optimizers[name]
         weights.save(folder / "weights" / f"{name}.npz", meta_params, {"inputs": inputs}, name)
     results, metadata = {}, {"config": asdict(config)}
-    pairs = list(itertools.product(all_tasks, optimizers.values()))
-    for task, optimizer in tqdm(pairs, desc="all", unit="optimizer"):
+    for task, optimizer in itertools.product(all_tasks, optimizers.values()):
         key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
         rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
         rates = fixed_rates(config).get(optimizer.name, rates)

@@ -198,11 +198,13 @@ def test(config, mesh, folder, learned_params):
     untrained = agents.Optimizer(f"untrained_{config.optimizer}", init_meta_params(config), config.inputs)
     optimizers = [learned, untrained, *map(agents.Optimizer, agents.HAND_DESIGNED)]
     results, pairs = {}, list(itertools.product(config.test_tasks, optimizers))
-    for name, optimizer in tqdm(pairs, desc="test", unit="optimizer"):
-        task, key = tasks.make(name, config.test_envs, config.ppo), agents.task_key(config.seed, name)
-        rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
-        tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps)
-        results[name, optimizer.name] = tuned
+    with tqdm(total=len(pairs), desc="test", unit="optimizer") as bar:
+        for name, optimizer in pairs:
+            task, key = tasks.make(name, config.test_envs, config.ppo), agents.task_key(config.seed, name)
+            rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
+            tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps)
+            results[name, optimizer.name] = tuned
+            bar.update()
     rows, text = statistics.report(results)
     runs.write_json(folder / "summary.json", rows)
     save_weights(folder, config, learned_params, {"meta_steps": config.meta_steps, "results": rows})

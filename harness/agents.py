@@ -197,20 +197,20 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, store=Store()):
     due = np.diff(np.arange(points + 1) * min(task.evaluations, points) // points) > 0
     finished = [store.load(run, float(alpha)) for run, alpha in enumerate(alphas)]
     finished = [curves if np.shape(curves) == (3 + due.any(), points) else None for curves in finished]
-    bar = tqdm(total=len(alphas) * points, desc=f"{task.name} {optimizer.name}", leave=False, dynamic_ncols=True)
-    bar.update(points * sum(curves is not None for curves in finished))
-    for group in _groups(len(alphas), mesh, task.side_by_side):
-        new = {run: i for i, run in enumerate(group.tolist()) if finished[run] is None}
-        if not new:
-            continue
-        which = np.stack([group, np.asarray(alphas, float)[group]])
-        args = (optimizer.meta_params, jnp.asarray(alphas, jnp.float32)[group], keys[group])
-        learned, curves = _live(compiled, args, which, due, mesh, lambda n: bar.update(n * len(new)), store)
-        for run, i in new.items():
-            finished[run] = curves[i]
-            store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
-        store.forget()
-    bar.close()
+    title = f"{task.name} {optimizer.name}, {len(alphas)} agents"
+    with tqdm(total=len(alphas) * points, desc=title, unit="point", leave=None, dynamic_ncols=True) as bar:
+        bar.update(points * sum(curves is not None for curves in finished))
+        for group in _groups(len(alphas), mesh, task.side_by_side):
+            new = {run: i for i, run in enumerate(group.tolist()) if finished[run] is None}
+            if not new:
+                continue
+            which = np.stack([group, np.asarray(alphas, float)[group]])
+            args = (optimizer.meta_params, jnp.asarray(alphas, jnp.float32)[group], keys[group])
+            learned, curves = _live(compiled, args, which, due, mesh, lambda n: bar.update(n * len(new)), store)
+            for run, i in new.items():
+                finished[run] = curves[i]
+                store.save(run, float(alphas[run]), curves[i], jax.tree.map(lambda x: x[i], learned))
+            store.forget()
     env_steps = (1 + np.arange(points)) * updates * task.steps_per_update
     return_sums, episodes, finite, *evaluated = np.stack(finished, axis=1)
     if evaluated:
@@ -221,7 +221,8 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, store=Store()):
 def _live(compiled, args, which, due, mesh, progress, store):
     """The life of a group of agents, from where the store has it: (agents without environments, curves [S, 3 or 4, K]).
 
-    compiled: of _compiled; args: (meta_params, alphas [S], keys [S]); which: as in Store; due: [K] bool, with an evaluation.
+    compiled: of _compiled; args: (meta_params, alphas [S], keys [S]); which: as in Store; due: [K] bool, with an evaluation;
+    progress: called with the number of new points.
     """
     init, advance, evaluate = compiled
     curves = np.full((which.shape[1], 3 + due.any(), len(due)), np.nan)
