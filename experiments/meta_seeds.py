@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import meta_train
+import optim4rl
 from experiments import arms, contents
 from harness import agents, plots, runs, statistics, tasks
 from harness.plots import plt
@@ -108,9 +109,7 @@ def draw(path, config, folder, mesh):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for seed in config.seeds:
         meta_params = arms.learned(meta_config(config, folder, seed), mesh).meta_params
-        steps = plots.learned_step(
-            agents.LEARNED["optim4rl"].make(1.0, meta_params), sizes, updates
-        )  # [updates, sizes]
+        steps = plots.learned_step(optim4rl.optim4rl, meta_params, sizes, updates)  # [updates, sizes]
         left.plot(1 + np.arange(updates), steps[:, np.searchsorted(sizes, 1.0)], color="C0", alpha=0.5)
         for age, color in ((1, "C1"), (60, "C2"), (250, "C3")):
             label = f"after {age} updates" if seed == config.seeds[0] else None

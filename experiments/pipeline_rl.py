@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import meta_train
+import optim4rl
 import pipeline
 from experiments import arms, contents
 from harness import agents, plots, runs, statistics, tasks
@@ -104,7 +105,7 @@ def run_all(config, folder, mesh):
             continue
         optimizer = arms.learned(meta_config(config, folder, what, seed), mesh)
         test(what, optimizer, seed)
-        steps = plots.learned_step(agents.LEARNED["optim4rl"].make(1.0, optimizer.meta_params), [1.0], max(AGES))
+        steps = plots.learned_step(optim4rl.optim4rl, optimizer.meta_params, np.ones(1), max(AGES))
         results[what, seed] = results[what, seed][0], steps[:, 0]
     return results
 

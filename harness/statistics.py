@@ -43,7 +43,7 @@ def shown(mean, low, high, number="{:.3f}".format):
     return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
-def scores(areas, tuning_areas):
+def scores(areas, tuning_areas, baselines=BASELINES):
     """Each optimizer's area under the return curve, in units of the better baseline's, over tasks and seeds.
 
     The better baseline of a task is chosen on the tuning seeds, not on the runs that it divides. A baseline that is compared
@@ -52,16 +52,17 @@ def scores(areas, tuning_areas):
     Args:
         areas: {(task, optimizer): [R]}, one number per reported run.
         tuning_areas: {(task, optimizer): number}, the mean of the chosen alpha on the tuning seeds.
+        baselines: names of optimizers.
     Returns:
         ({optimizer: (interquartile mean over all tasks and runs, low, high)} with 95% bootstrap intervals,
         {task: why it does not count}: a baseline was not run, or is not surely above zero, so that ratios mean nothing)
     """
     tasks, left_out, better = dict.fromkeys(task for task, _ in areas), {}, {}
     for task in tasks:
-        if absent := [name for name in BASELINES if (task, name) not in areas]:
+        if absent := [name for name in baselines if (task, name) not in areas]:
             left_out[task] = f"without {' and '.join(absent)}"
             continue
-        best = max(BASELINES, key=lambda name: worst_if_diverged(tuning_areas[task, name]))
+        best = max(baselines, key=lambda name: worst_if_diverged(tuning_areas[task, name]))
         if not interval(areas[task, best])[1] > 0:
             left_out[task] = f"the return of {best} is not surely above 0"
         else:
