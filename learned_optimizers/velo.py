@@ -115,11 +115,11 @@ def tensor_inputs(p, m, r, fraction, f):
     compress = lambda y: 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10 * y)), -5, 5)
     axes, s = tuple(range(p.ndim)), jax.lax.rsqrt(jnp.maximum(1e-9, jnp.mean(p**2)))
     m, r = s * m, s * r
-    mean_m, mean_r = jnp.mean(m, axes), jnp.mean(r)
     # The mean of M in both, not of R: a slip of the original that VeLO was trained with.
-    var_m, var_r = jnp.mean((m - mean_m) ** 2, axes), jnp.mean((r - mean_m) ** 2, axes)
-    rank, progress = jax.nn.one_hot(sum(size > 1 for size in p.shape), 5), jnp.tanh(10 * (fraction - MILESTONES))
-    return jnp.concatenate([progress, f, compress(mean_r)[None], rank, compress(var_m), compress(var_r)])
+    var_m, var_r = jnp.var(m, axes), jnp.mean((r - jnp.mean(m, axes)) ** 2, axes)
+    rank = jax.nn.one_hot(sum(size > 1 for size in p.shape), 5, dtype=p.dtype)
+    progress = jnp.tanh(10 * (fraction - MILESTONES))
+    return jnp.concatenate([progress, f, compress(jnp.mean(r))[None], rank, compress(var_m), compress(var_r)])
 
 
 def hypernetwork(theta, x, h, c):
