@@ -18,6 +18,7 @@ NAMES = {"untrained": "sign_descent", "adam_99": "adam_0.99_corrected", "rmsprop
 BASELINES = statistics.BASELINES
 HAND = ("sign_descent", *BASELINES)
 FALLING = "rmsprop_0.9_corrected_falling"  # the best of the hand-designed settings on small worlds
+START = "rmsprop_0.99_corrected"  # what Optim4RL with normalised inputs starts as
 GATED = ("gated_adam", "untrained_gated_adam", *HAND)
 BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long")
 WORLDS = ("small_dense_short", "small_dense_long", *BIG, "small_sparse_short", "small_sparse_long", "catch")
@@ -170,9 +171,9 @@ def pendulum_units():
     return markdown("return in meta-steps | 12 to 23 | 24 to 35 | 36 to 47 | 84 to 95", learned, held)
 
 
-def six_worlds():
-    """measured, of the shipped Optim4RL at the paper's size, a fair opponent, and what was measured beside GatedAdam."""
-    return beside_gated_adam() | measured("six_worlds")
+def six_worlds(*tuned):
+    """measured, of the shipped Optim4RL at the paper's size, fair opponents, and what was measured beside GatedAdam."""
+    return beside_gated_adam() | measured("six_worlds", "six_worlds/start", *tuned)
 
 
 def gated_scores():
@@ -242,12 +243,14 @@ CONTENTS = {
     "robots": lambda: per_pair(measured("transfer")),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(measured("figure3/catch", "figure3/small_dense_long", "figure3/big_dense_long")),
-    "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, *HAND)),
-    "six_worlds_final": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, *HAND), "final"),
+    "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, START, *HAND)),
     "six_worlds_all": lambda: score(six_worlds(), WORLDS[:6], "optim4rl"),
     "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),
     "six_worlds_small": lambda: score(six_worlds(), WORLDS[:2], "optim4rl"),
+    "six_worlds_big_final": lambda: score(six_worlds(), BIG, "optim4rl", "final"),
     "six_worlds_big_falling": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(FALLING,)),
+    "six_worlds_big_start": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(START,)),
+    "six_worlds_small_tuned": lambda: score(six_worlds("six_worlds/small_tuned"), WORLDS[:2], "optim4rl"),
     "gated_scores": gated_scores,
     "gated_worlds": lambda: per_task(beside_gated_adam(), WORLDS, GATED),
     "gated_robots": lambda: per_task(beside_gated_adam(), ROBOTS + MORE_ROBOTS, GATED),
