@@ -5,7 +5,6 @@ where more than that quarter diverged, the mean is -inf.
 """
 
 import numpy as np
-import scipy.stats
 
 BASELINES = ("adam", "rmsprop")  # designed by hand; a score is in units of the better one
 
@@ -17,8 +16,11 @@ def worst_if_diverged(values):
 
 
 def iqm(values, axis=None):
-    """Interquartile mean: the mean of the middle half."""
-    return scipy.stats.trim_mean(worst_if_diverged(values), 0.25, axis=axis)
+    """Interquartile mean: the mean of the middle half, that of scipy.stats.trim_mean, whose import takes half a second."""
+    values = worst_if_diverged(values)
+    values = values.ravel() if axis is None else np.moveaxis(values, axis, 0)
+    cut = len(values) // 4
+    return np.partition(values, (cut, len(values) - cut - 1), axis=0)[cut : len(values) - cut].mean(0)
 
 
 def interval(values):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from harness import agents, statistics
 
@@ -13,6 +14,13 @@ def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     few, many = statistics.interval(values[:10]), statistics.interval(values)
     assert few[1] <= few[0] <= few[2] and many[2] - many[1] < few[2] - few[1]
     assert statistics.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
+
+
+def test_the_interquartile_mean_is_scipys_trimmed_one():
+    for size in range(1, 12):
+        values = np.random.default_rng(size).normal(size=(3, size))
+        for axis in (0, 1, None):
+            np.testing.assert_allclose(statistics.iqm(values, axis), scipy.stats.trim_mean(values, 0.25, axis))
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
