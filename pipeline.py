@@ -48,6 +48,7 @@ finite meta-gradient changes nothing. (The reference, github.com/sail-sg/optim4r
 Copy this file: needs jax >= 0.10, optax >= 0.2.5.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -248,8 +249,9 @@ def compile_on(mesh, step_local, init_unit, num_units, on_cpu):
     one, many = PartitionSpec(), PartitionSpec("units")
     # check_vma=False: the checker cannot follow a mean taken by hand; psum makes the outputs equal on all devices.
     specs = dict(in_specs=(one, many, one, one), out_specs=(one, many, one), check_vma=False)
-    # LLVM's higher levels make the compilation a quarter longer, and the program no faster.
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    # LLVM's higher levels make the compilation a quarter longer, and the program no faster. A level in XLA_FLAGS comes first.
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    options = {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None
     step_all = jax.jit(jax.shard_map(step_local, mesh=mesh, **specs), donate_argnums=1, compiler_options=options)
 
     def init(meta_params, key):
