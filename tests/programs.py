@@ -5,10 +5,10 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
-TINY_TEST = "--test-steps 4e3 --test-envs 4 --test-seeds 2 --test-learning-rates 1e-2"
+DEVICES = 4  # of the tests' own process. Only one with as many finds what it compiled in the cache.
 
 
 def start(program, flags):
@@ -23,6 +23,13 @@ def finish(program, flags):
     process = start(program, flags)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def wait_until(happened, process):
+    """Until happened() is true; fails where the process ends before. Asks now and then: a loop without a pause takes a core."""
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def read_csv(path):

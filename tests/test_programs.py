@@ -1,7 +1,6 @@
-"""The programs as a user runs them: real processes, real files."""
+"""The programs as a user runs them: real files, and real processes where a process is what is tested."""
 
 import json
-import math
 import pathlib
 import re
 import shutil
@@ -11,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from programs import TINY_META, TINY_TEST, finish, read_csv, start
+from programs import DEVICES, finish, read_csv, start, wait_until
 
 import brax_env
 import evaluate
@@ -20,10 +19,22 @@ import optim4rl
 from harness import agents, kept, runs, tasks, weights
 from learned_optimizers import velo
 
+TINY_META = "--tasks small_dense_short,catch --num-units 4 --meta-steps 6 --reset-interval 3 --test-tasks catch"
+TINY_TEST = "--test-steps 4e3 --test-envs 4 --test-seeds 2 --test-learning-rates 1e-2"
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """(folder, what it printed) of a small meta-training run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("meta") / "run"
+    code, out, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --devices {DEVICES} --out {folder}")
+    assert code == 0, err
+    return folder, out
+
 
 def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
     folder, out = whole_run
-    assert out.startswith(f"{math.gcd(4, runs.usable_cores())} x cpu; 4 units each of small_dense_short, catch")
+    assert out.startswith(f"{DEVICES} x cpu; 4 units each of small_dense_short, catch")
     assert [int(row["meta_step"]) for row in read_csv(folder / "metrics.csv")] == list(range(6))
     _, metadata = optim4rl.load(folder / "optimizer.npz")
     assert metadata["inputs"] == "normalised" and metadata["meta_steps"] == 6 and metadata["config"]["num_units"] == 4
@@ -36,20 +47,23 @@ def test_meta_training_leaves_weights_metrics_pictures_and_a_table(whole_run):
 
 def test_a_resume_with_another_config_is_refused(whole_run):
     folder, _ = whole_run
-    code, _, err = finish("meta_train.py", f"--num-units 8 --resume {folder}")
-    assert code == 2 and "num_units was 4, now 8" in err and len(err.splitlines()) == 1
+    with pytest.raises(runs.UsageError, match="num_units was 4, now 8$"):
+        meta_train.main(f"--num-units 8 --resume {folder}".split())
 
 
 def test_a_run_is_never_overwritten(whole_run):
     folder, _ = whole_run
     before = (folder / "optimizer.npz").read_bytes()
-    code, _, err = finish("meta_train.py", f"{TINY_META} {TINY_TEST} --out {folder}")
-    assert code == 2 and "already holds a run" in err and (folder / "optimizer.npz").read_bytes() == before
+    with pytest.raises(runs.UsageError, match="already holds a run"):
+        meta_train.main(f"{TINY_META} {TINY_TEST} --out {folder}".split())
+    assert (folder / "optimizer.npz").read_bytes() == before
 
 
-def test_weights_that_keep_a_part_of_what_was_learned_lie_that_far_from_the_untrained_ones(whole_run, tmp_path):
-    flags = f"{TINY_META} --test-tasks , --keep 0.25 --out {tmp_path / 'part'}"
-    assert finish("meta_train.py", flags)[0] == 0
+def test_weights_that_keep_a_part_of_what_was_learned_lie_that_far_from_the_untrained_ones(whole_run, tmp_path, capsys):
+    meta_train.main(f"{TINY_META} --test-tasks , --keep 0.25 --out {tmp_path / 'part'}".split())
+    assert capsys.readouterr().out.startswith(
+        f"{DEVICES} x cpu"
+    )  # JAX runs already: as many as share the units equally
     part, _ = optim4rl.load(tmp_path / "part" / "optimizer.npz")
     learned, _ = optim4rl.load(whole_run[0] / "optimizer.npz")
     untrained = optim4rl.init_like_rmsprop()
@@ -58,29 +72,14 @@ def test_weights_that_keep_a_part_of_what_was_learned_lie_that_far_from_the_untr
     assert np.abs(learned["m"]["readout_kernel"]).max() > 1e-3  # something was learned
 
 
-def test_evaluation_uses_the_learned_weights_on_gridworlds_and_robots(whole_run, tmp_path):
-    weights, folder = whole_run[0] / "optimizer.npz", tmp_path / "evaluation"
-    flags = f"--tasks catch,inverted_pendulum --optimizers optim4rl,adam --weights {weights} --learning-rate 1e-3 --seeds 2 --steps 1.5e4"
-    code, out, err = finish("evaluate.py", f"{flags} --out {folder}")
-    assert code == 0, err
-    curves = read_csv(folder / "curves.csv")
-    assert {(row["task"], row["optimizer"], row["run"]) for row in curves} == {
-        (task, optimizer, run)
-        for task in ("catch", "inverted_pendulum")
-        for optimizer in ("optim4rl", "adam")
-        for run in "01"
-    }
-    assert len(json.loads((folder / "summary.json").read_text())) == 4
-    assert (folder / "curves.png").stat().st_size > 1000 and "Mean [least, largest] of 2 seeds" in out
-
-
-def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice(tmp_path):
-    flags = "--tasks catch,inverted_pendulum --optimizers adam --learning-rate 1e-3,1e-2 --seeds 3 --steps 3e4"
+def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice(whole_run, tmp_path):
+    """Of the learned weights and of Adam, on a gridworld and a robot."""
+    flags = f"--tasks catch,inverted_pendulum --optimizers optim4rl,adam --weights {whole_run[0] / 'optimizer.npz'}"
+    flags += " --learning-rate 1e-3 --num-envs 8 --seeds 2 --steps 1e4"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
     process, records = start("evaluate.py", f"{flags} --out {killed}"), killed / "runs"
-    while len(list(records.glob("catch-*.npz")) if records.exists() else ()) < 3:
-        assert process.poll() is None, process.communicate()
+    wait_until(lambda: len(list(records.glob("catch-*.npz"))) >= 3, process)
     process.kill()
     process.communicate()
     before = {path.name: path.stat().st_mtime_ns for path in records.glob("*.npz")}
@@ -91,7 +90,10 @@ def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice
     for name in ("summary.json", "curves.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert all((records / name).stat().st_mtime_ns == time for name, time in before.items())
-    assert "return without noise" in out
+    assert "return without noise" in out and "Mean [least, largest] of 2 seeds" in out
+    assert len({tuple(row[x] for x in ("task", "optimizer", "run")) for row in read_csv(killed / "curves.csv")}) == 8
+    assert len(json.loads((killed / "summary.json").read_text())) == 4
+    assert (killed / "curves.png").stat().st_size > 1000
 
     params, obs_stats, metadata = kept.load_policy(killed / "policies" / "inverted_pendulum-adam-0.npz")
     returns = tasks.play(brax_env.make(metadata["task"]), params, obs_stats, jax.random.key(0), 8)
@@ -102,29 +104,33 @@ def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice
         kept.load_policy(damaged)
 
 
-def test_an_evaluation_killed_or_out_of_time_inside_a_run_continues_to_the_same_bits(tmp_path):
-    flags = "--tasks catch --optimizers adam --learning-rate 1e-3,1e-2 --seeds 2 --steps 6e5 --devices 1"
+def test_an_evaluation_killed_or_out_of_time_inside_a_run_continues_to_the_same_bits(tmp_path, capsys):
+    flags = "--tasks catch --optimizers adam --learning-rate 1e-3,1e-2 --num-envs 8 --seeds 2 --steps 4e4 --devices 1"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert finish("evaluate.py", f"{flags} --out {whole}")[0] == 0
+    evaluate.main(f"{flags} --out {whole}".split())
+    assert "return, whole run" in capsys.readouterr().out
     process = start("evaluate.py", f"{flags} --checkpoint-every 1e-9 --out {broken}")
     under_way = broken / "runs" / "catch-adam-tuning.under_way"
-    while True:  # it is looked at while it stands still: the file comes and goes with each group of runs
-        assert process.poll() is None, process.communicate()
+
+    def in_the_second_run():  # it is looked at while it stands still: the file comes and goes with each group of runs
         process.send_signal(signal.SIGSTOP)
-        time.sleep(0.05)
-        if under_way.exists() and list(broken.glob("runs/*-1.npz")):
-            break
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.05)
+        time.sleep(0.02)
+        seen = under_way.exists() and list(broken.glob("runs/*-1.npz"))
+        if not seen:
+            process.send_signal(signal.SIGCONT)
+        return seen
+
+    wait_until(in_the_second_run, process)
     process.kill()
     process.communicate()
     with np.load(under_way) as file:
         points, which = max(file.values(), key=lambda x: int(x) if x.shape == () else -1), file["which"]
     assert 0 < points < 50 and which.shape == (2, 1)  # in the middle of one run
-    code, out, err = finish("evaluate.py", f"--resume {broken} --time-limit 1e-9")
-    assert code == 0 and f"evaluate.py --resume {broken}" in out and "rmsprop" not in out, err
-    code, out, err = finish("evaluate.py", f"--resume {broken}")
-    assert code == 0 and "return, whole run" in out, err
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(f"--resume {broken} --time-limit 1e-9".split())
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and f"evaluate.py --resume {broken}" in out and "return, whole run" not in out
+    evaluate.main(f"--resume {broken}".split())
     for name in ("summary.json", "curves.csv"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
     assert not list(broken.glob("runs/*.under_way"))
@@ -132,8 +138,7 @@ def test_an_evaluation_killed_or_out_of_time_inside_a_run_continues_to_the_same_
 
 def test_a_stopped_evaluation_says_how_to_continue(tmp_path):
     process = start("evaluate.py", f"--tasks catch --optimizers adam --learning-rate 1e-3 --out {tmp_path / 'run'}")
-    while not (tmp_path / "run" / "runs").exists():
-        assert process.poll() is None, process.communicate()
+    wait_until((tmp_path / "run" / "runs").exists, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143 and f"evaluate.py --resume {tmp_path / 'run'}" in out and "Traceback" not in err
@@ -142,7 +147,6 @@ def test_a_stopped_evaluation_says_how_to_continue(tmp_path):
 @pytest.mark.parametrize(
     "program, flags, message",
     [
-        ("meta_train.py", "--num-units 5 --devices 2", "4 or 6"),
         ("meta_train.py", "--out /proc/nowhere", "cannot write to /proc/nowhere"),
         ("evaluate.py", "--weights no/such/file.npz", "no/such/file.npz"),
     ],
@@ -150,6 +154,11 @@ def test_a_stopped_evaluation_says_how_to_continue(tmp_path):
 def test_bad_input_ends_with_one_line_and_status_2(program, flags, message):
     code, _, err = finish(program, flags)
     assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_units_that_devices_cannot_share_are_refused():
+    with pytest.raises(runs.UsageError, match="4 or 6"):
+        meta_train.main(["--num-units", "5", "--devices", "2"])
 
 
 @pytest.mark.parametrize(
@@ -229,16 +238,9 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(whole_run, tm
     shutil.copytree(whole_run[0], folder)
     shutil.rmtree(folder / "checkpoints")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    code, _, err = finish("meta_train.py", f"--resume {folder}")
-    assert code == 2 and "has no checkpoint, but its run has weights" in err
+    with pytest.raises(runs.UsageError, match="has no checkpoint, but its run has weights"):
+        meta_train.main(["--resume", str(folder)])
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-
-
-def test_a_program_that_is_called_where_jax_runs_already_takes_the_devices_that_are_there(tmp_path, capsys):
-    jax.devices()
-    flags = f"--tasks catch --optimizers adam sign_descent --learning-rate 1e-3 --seeds 2 --steps 1e3 --out {tmp_path / 'a'}"
-    evaluate.main(flags.split())
-    assert "sign_descent" in capsys.readouterr().out
 
 
 def test_weights_of_another_kind_or_size_are_refused(tmp_path):
@@ -272,15 +274,14 @@ def test_each_learned_optimizer_takes_its_own_weights_by_name(tmp_path):
 def test_velo_is_meta_trained_and_evaluated_with_its_published_file_and_its_own(tmp_path, monkeypatch, capsys):
     small = velo.VELO._replace(init=lambda key: velo.init_meta_params(key, hidden_size=16, bank_size=8))
     monkeypatch.setitem(agents.LEARNED, "velo", small)
-    flags = (
-        "--preset gradient --optimizer velo --tasks catch --num-units 2 --num-envs 2 --meta-steps 2 --reset-interval 2"
-    )
+    flags = "--optimizer velo --tasks catch --num-units 2 --num-envs 2 --meta-steps 2 --reset-interval 2"
     meta_train.main(f"{flags} --test-tasks , --devices 1 --out {tmp_path / 'meta'}".split())
     rows = read_csv(tmp_path / "meta" / "metrics.csv")
     assert len(rows) == 2 and all(np.isfinite(float(row["catch/meta_loss"])) for row in rows)
     published = pathlib.Path(__file__).parent / "data" / "velo_small_params.msgpack"
-    flags = f"--tasks catch --optimizers velo --num-envs 4 --seeds 2 --steps 2e3 --devices 1 --weights velo={published}"
+    flags = f"--tasks catch --optimizers velo --num-envs 2 --seeds 2 --steps 1e3 --weights velo={published}"
     evaluate.main(f"{flags} --out {tmp_path / 'test'}".split())
+    assert f"{DEVICES} x cpu; 2 seeds" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "test" / "summary.json").read_text())
     assert row["optimizer"] == "velo" and row["alpha"] == 1.0 and -1 <= row["final"] <= 1
     copy, own = tmp_path / "test" / "weights" / "velo.npz", tmp_path / "meta" / "optimizer.npz"  # a copy for --resume
