@@ -13,6 +13,9 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT
+from guests import random_grads
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optim4rl
 
@@ -28,13 +31,6 @@ def random_meta_params(seed=0, dtype=np.float32):
     return jax.tree.map(
         lambda x: jnp.asarray(random.normal(0, 0.5, x.shape), dtype), optim4rl.init_meta_params(jax.random.key(0))
     )
-
-
-def random_grads(seed, *shape):
-    """Of every magnitude from 1e-6 to 10, some exactly zero."""
-    random = np.random.default_rng(seed)
-    grads = random.normal(size=shape) * 10.0 ** random.uniform(-6, 1, shape)
-    return np.where(random.random(shape) < 0.05, 0, grads)
 
 
 def unroll(optimizer, grads):
@@ -333,45 +329,29 @@ def test_a_gradient_that_is_nan_spoils_only_its_own_scalar(cut):
             np.testing.assert_array_equal(y[..., ~bad], x[..., ~bad])
 
 
-def run_on_cpu_devices(num_devices, program):
-    """What a program prints in a process of its own that sees so many devices."""
-    flags = {"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", program]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, optax, optim4rl
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-meta_params = jax.tree.map(lambda x: x + 0.1, optim4rl.init_meta_params(jax.random.key(0)))
-optimizer = optim4rl.optim4rl(0.1, meta_params)
-values = {"w": np.linspace(-1, 1, 4 * 4096, dtype=np.float32).reshape(4096, 4), "b": np.ones(8, np.float32)}
-expected, _ = optimizer.update(values, optimizer.init(values))
-spec = P("x")
-for axis_type in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
-    with jax.set_mesh(mesh):
-        params = jax.device_put(values, NamedSharding(mesh, spec))
-        state = optimizer.init(params)
-        assert state.m["w"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 3), state.m["w"].sharding
-        step = jax.jit(optimizer.update, donate_argnums=1).lower(params, state).compile()
-        assert "all-gather" not in step.as_text() and "all-to-all" not in step.as_text()
-        updates, state = step(params, state)
-        assert updates["w"].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), updates["w"].sharding
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, expected)
-        optax.apply_updates(params, updates)
-with jax.set_mesh(mesh):  # explicit: also the meta-gradient
-    jax.jit(jax.grad(lambda m: sum(
-        u.sum() for u in jax.tree.leaves(optim4rl.optim4rl(0.1, m).update(params, optimizer.init(params))[0])
-    )))(meta_params)
-print("fine")
-"""
-
-
 def test_sharded_parameters_stay_sharded():
-    assert run_on_cpu_devices(4, SHARDED) == "fine\n"
+    optimizer, meta_params = optim4rl.optim4rl(0.1, random_meta_params()), random_meta_params()
+    values = {"w": np.linspace(-1, 1, 4 * 4096, dtype=np.float32).reshape(4096, 4), "b": np.ones(8, np.float32)}
+    expected, _ = jax.jit(optimizer.update)(values, optimizer.init(values))
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            params = jax.device_put(values, NamedSharding(mesh, P("x")))
+            state = optimizer.init(params)
+            assert state.m["w"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, "x")), 3)
+            step = jax.jit(optimizer.update, donate_argnums=1).lower(params, state).compile()
+            assert "all-gather" not in step.as_text() and "all-to-all" not in step.as_text()
+            updates, state = step(params, state)
+            assert updates["w"].sharding.is_equivalent_to(NamedSharding(mesh, P("x")), 2)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), updates, expected)
+            optax.apply_updates(params, updates)
+
+    def moved(meta_params):  # on the explicit mesh also the meta-gradient
+        updates, _ = optim4rl.optim4rl(0.1, meta_params).update(params, optimizer.init(params))
+        return sum(x.sum() for x in jax.tree.leaves(updates))
+
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(moved))(meta_params)
 
 
 ONE_DEVICE = """
@@ -388,7 +368,11 @@ with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))):
 
 
 def test_one_cpu_device_takes_pieces():
-    assert run_on_cpu_devices(1, ONE_DEVICE) == "(64, 64)\n"
+    """In a process that sees no more."""
+    flags = {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ONE_DEVICE]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
+    assert run.stdout == "(64, 64)\n", run.stderr
 
 
 def test_so_does_a_shard_of_units():

@@ -269,9 +269,12 @@ def test_the_meta_gradient_is_the_chain_rule_through_the_optimizer():
     config = dataclasses.replace(TOY, num_epochs=1, num_minibatches=1)
     learner, alpha = ppo.make(point_env(), config), 0.1
     agent = learner.init(jax.random.key(0), optax.sgd(0.0))
-    update = lambda alpha: learner.update(optax.sgd(alpha), agent, jax.random.key(1))[0]
-    meta_grad = jax.jit(jax.grad(lambda alpha: learner.loss(update(alpha), jax.random.key(2))[0]))(alpha)
-    updated = jax.jit(update)(alpha)
+
+    def meta_loss(alpha):
+        updated, _ = learner.update(optax.sgd(alpha), agent, jax.random.key(1))
+        return learner.loss(updated, jax.random.key(2))[0], updated
+
+    meta_grad, updated = jax.jit(jax.grad(meta_loss, has_aux=True))(alpha)
     loss_of = lambda params: learner.loss(updated._replace(params=params), jax.random.key(2))[0]
     loss_grads = jax.jit(jax.grad(loss_of))(updated.params)
     grads = jax.tree.map(lambda before, after: (before - after) / alpha, agent.params, updated.params)
@@ -320,11 +323,16 @@ def test_the_pendulum_is_balanced():
     )
     learner, optimizer = ppo.make(brax_env.make("inverted_pendulum"), config), optax.adam(1e-3)
     agent = jax.jit(lambda key: learner.init(key, optimizer))(jax.random.key(0))
-    train = jax.jit(lambda agent, keys: jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys))
-    agent, metrics = train(agent, jax.random.split(jax.random.key(1), 50))
+
+    # Longer at work than in the compiler, unlike other programs of the tests: a level above conftest.py's is faster.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    def train(agent, keys):
+        return jax.lax.scan(lambda a, k: learner.update(optimizer, a, k), agent, keys)
+
+    agent, metrics = train(agent, jax.random.split(jax.random.key(1), 30))
     returns = lambda part: metrics["episode_return_sum"][part].sum() / metrics["episodes"][part].sum()
-    # A random policy falls after some 30 steps; 1000 is the most, and what other seeds came close to by now.
-    assert returns(slice(0, 2)) < 60 and returns(slice(45, 50)) > 600
+    # A random policy falls after some 30 steps; 1000 is the most, and what it comes close to in another 20 updates.
+    assert returns(slice(0, 2)) < 60 and returns(slice(25, 30)) > 600
 
 
 def counting_env(length=3):
