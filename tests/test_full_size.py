@@ -12,7 +12,7 @@ from harness import agents, runs, tasks
 SHORT = "--scale 0.005 --devices 1"
 
 
-def test_a_piece_is_stopped_by_its_time_limit_continues_and_is_made_once(tmp_path):
+def test_a_piece_is_stopped_by_its_time_limit_continues_and_is_made_once(tmp_path, capsys):
     flags = f"--only catch_adam figure5 {SHORT} --results {tmp_path}"
     code, out, err = finish("experiments.full_size", f"{flags} --time-limit 1e-9")
     assert code == 0 and "to continue: python -m experiments.full_size --only catch_adam figure5" in out, err
@@ -26,9 +26,11 @@ def test_a_piece_is_stopped_by_its_time_limit_continues_and_is_made_once(tmp_pat
         np.testing.assert_allclose(curves["tuned_returns"].mean(1), rows["tuned"]["area_runs"], rtol=1e-5)
     drift = json.loads((tmp_path / "figure5/figure5.json").read_text())["drift"]
     assert drift["drift"] > 0 and drift["network"] == "conv" and drift["clip"] == 0
-    code, out, err = finish("experiments.full_size", f"{flags} --plan")
-    assert code == 0 and [line.split()[1] for line in out.splitlines() if "catch_adam " in line] == ["done"], out
-    assert finish("experiments.full_size", flags)[1] == ""  # nothing is left
+    full_size.main(f"{flags} --plan".split())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if "catch_adam " in line] == ["done"]
+    full_size.main(flags.split())
+    assert capsys.readouterr().out == ""  # nothing is left
 
 
 def test_the_best_setting_on_tuning_seeds_is_tested_and_only_that_one_is_tuned(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import re
 
-import jax
 import pytest
 from programs import ROOT
 
@@ -19,12 +18,9 @@ def source(cell):
     return "".join(line for line in cell["source"] if not line.startswith("%"))
 
 
-@pytest.fixture(scope="module")
-def executed():
+def run_cells():
     """What the cells define, executed in order in one namespace."""
     names = {"__name__": "__main__"}
-    # A quarter less time: nearly all of it is compilation. Until the last test, whose check compares two compiled programs.
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUICK", "1")
         patch.setenv("TQDM_DISABLE", "1")  # the first cell sets it too; so it is put back
@@ -32,18 +28,16 @@ def executed():
         for i, cell in enumerate(CODE):
             exec(compile(source(cell), f"code cell {i}", "exec"), names)
             names["plt"].close("all")
-    yield names
-    jax.config.update("jax_disable_most_optimizations", False)
+    return names
 
 
-def test_all_cells_run_and_every_check_refuses_its_stub(executed):
+def test_all_cells_run_and_every_check_refuses_its_stub_and_accepts_its_solution():
+    """One test, so that two processes that share the tests do not both run the cells."""
+    executed = run_cells()
     assert len(SOLUTIONS) == len(CHECKS)
     for check in CHECKS:
         with pytest.raises(AssertionError):
             executed[check]()
-
-
-def test_every_check_accepts_its_solution(executed):
     solved = dict(executed)
     for solution, check in zip(SOLUTIONS, CHECKS):
         exec(solution, solved)
