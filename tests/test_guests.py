@@ -87,14 +87,6 @@ def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler():
-    """Most of the time here is compilation of programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Situations. Each is a function of an optimizer's name.
 
 
