@@ -3,7 +3,7 @@
     python evaluate.py                                                  # the paper's double pendulum in small: 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch big_dense_long --learning-rate 1e-3 3e-3 1e-2 --seeds 10
     python evaluate.py --preset transfer                                # the paper's four robots in small, about 50 minutes on one core
-    python evaluate.py --preset gridworlds --tasks small_dense_short    # GatedAdam at the paper's size, 6 minutes
+    python evaluate.py --preset gridworlds                              # the paper's six worlds at its size, an hour of 2 CPU cores
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-...                       # continues after an interruption; no finished run is run again
     python evaluate.py --resume runs/evaluate-... --render              # films of the trained robots, as HTML files
@@ -55,11 +55,9 @@ class Config:
 
 PRESETS = {
     "quick": {},
-    # One alpha for GatedAdam, the others tuned on each task
-    "gridworlds": dict(
-        tasks=tasks.PAPER_WORLDS, seeds=10, steps=5e6, learning_rate=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    )
-    | dict(optimizers=("gated_adam", "untrained_gated_adam", *agents.HAND_DESIGNED), fixed=("gated_adam=0.03",)),
+    # One alpha for Optim4RL; RMSProp with a falling step, the best setting on small worlds, is tuned on each
+    "gridworlds": dict(tasks=tasks.PAPER_WORLDS, seeds=6, steps=5e6, learning_rate=(1e-2, 2e-2, 5e-2))
+    | dict(optimizers=("optim4rl", "rmsprop_0.9_corrected_falling"), fixed=("optim4rl=0.02",)),
     "transfer": dict(tasks=tuple(tasks.PAPER_PPO)),
     "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
@@ -84,8 +82,11 @@ def make_optimizers(config):
     for name in config.optimizers:
         if name in agents.LEARNED:
             optimizers[name] = load_optimizer(name, files.get(name))
-        elif name in agents.UNTRAINED:
-            optimizers[name] = agents.untrained(agents.UNTRAINED[name], jax.random.key(config.seed))
+        elif name in agents.UNTRAINED:  # the start of the weights, where there are some: with their inputs
+            base = agents.UNTRAINED[name]
+            file = files.get(base, WEIGHTS / f"{base}.npz")
+            inputs = load_optimizer(base, file).inputs if pathlib.Path(file).exists() else "raw"
+            optimizers[name] = agents.untrained(base, jax.random.key(config.seed), inputs)
         else:
             optimizers[name] = agents.Optimizer(name)
     return optimizers
