@@ -115,6 +115,7 @@ def learn(config, mesh, folder):
 
     def save(state):
         """All that a resumed run needs, and the weights of now for evaluate.py."""
+        log.flush()
         checkpoints.save(manager, int(state.step), state)
         save_weights(folder, config, kept(config, state.meta_params), {"meta_steps": int(state.step)})
 

@@ -246,6 +246,7 @@ CONTENTS = {
     "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, START, *HAND)),
     "six_worlds_all": lambda: score(six_worlds(), WORLDS[:6], "optim4rl"),
     "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),
+    "six_worlds_big_sign": lambda: mean_ratio(six_worlds(), BIG, "optim4rl", HAND[:1]),
     "six_worlds_small": lambda: score(six_worlds(), WORLDS[:2], "optim4rl"),
     "six_worlds_big_final": lambda: score(six_worlds(), BIG, "optim4rl", "final"),
     "six_worlds_big_falling": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(FALLING,)),

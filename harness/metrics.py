@@ -16,11 +16,11 @@ WINDOW = 20  # meta-steps, of which a task may skip half before the run gives up
 
 
 class Log:
-    """metrics.csv and the numbers of the progress line."""
+    """metrics.csv and the numbers of the progress line. A row is written when the next one comes: no device waits for it."""
 
     def __init__(self, path, tasks, reward_scales, step):
         """path: metrics.csv, of which the rows before a checkpoint's step are kept; the first process writes it."""
-        self.tasks, self.scales = tasks, reward_scales
+        self.tasks, self.scales, self.waiting = tasks, reward_scales, []
         columns = ("meta_loss", "episode_return", "reward", "diverged", "skipped")
         names = ["meta_step", "seconds"] + [f"{task}/{name}" for task in tasks for name in columns]
         self.rows = read_rows(path, step) if step else []
@@ -31,17 +31,24 @@ class Log:
         self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
 
     def add(self, step, metrics):
-        """Writes the row of a meta-step; metrics: those of pipeline.meta_step. Raises OSError where the disk is full."""
-        row = {"meta_step": step, "seconds": f"{time.time() - self.start:.2f}"}
-        for task, scale, values in zip(self.tasks, self.scales, jax.device_get(metrics)):
-            sums, episodes = values["episode_return_sum"], values["episodes"]
-            row[f"{task}/meta_loss"] = f"{values['meta_loss']:.6g}"
-            row[f"{task}/episode_return"] = f"{sums / episodes / scale:.6g}" if episodes > 0 else ""
-            row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
-            row[f"{task}/diverged"] = int(values["diverged"])
-            row[f"{task}/skipped"] = int(values["skipped"])
-        self.rows.append(row)
-        self.writer.writerow(row)
+        """metrics: those of pipeline.meta_step. Raises OSError where the disk is full."""
+        self.flush()
+        self.waiting = [(step, f"{time.time() - self.start:.2f}", metrics)]
+
+    def flush(self):
+        """Writes the row that waits."""
+        for step, seconds, metrics in self.waiting:
+            row = {"meta_step": step, "seconds": seconds}
+            for task, scale, values in zip(self.tasks, self.scales, jax.device_get(metrics)):
+                sums, episodes = values["episode_return_sum"], values["episodes"]
+                row[f"{task}/meta_loss"] = f"{values['meta_loss']:.6g}"
+                row[f"{task}/episode_return"] = f"{sums / episodes / scale:.6g}" if episodes > 0 else ""
+                row[f"{task}/reward"] = f"{values['reward'] / scale:.6g}"
+                row[f"{task}/diverged"] = int(values["diverged"])
+                row[f"{task}/skipped"] = int(values["skipped"])
+            self.rows.append(row)
+            self.writer.writerow(row)
+        self.waiting = []
         self.file.flush()
 
     def recent(self):
@@ -55,6 +62,7 @@ class Log:
 
     def lost_tasks(self):
         """The tasks whose meta-gradient was not finite in most of the last WINDOW meta-steps."""
+        self.flush()
         last = self.rows[-WINDOW:]
         return [task for task in self.tasks if sum(int(row[f"{task}/skipped"]) for row in last) > len(last) / 2]
 
