@@ -134,9 +134,7 @@ class Tuned(NamedTuple):
     alpha: float
     runs: Runs | None  # with fresh seeds; None: only tuned
     tuning_area: float  # mean area with that alpha on the tuning seeds; NaN where there was nothing to tune
-    deterministic: np.ndarray | None = (
-        None  # [R] a robot's mean return in episodes without noise, at the end of each run
-    )
+    deterministic: np.ndarray | None = None  # [R] of a robot, in episodes without noise at the end of each run
 
 
 @functools.cache
