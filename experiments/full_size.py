@@ -13,7 +13,6 @@ kind of alpha, and NAME.npz, the curves of its runs.
 """
 
 import itertools
-import json
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ import numpy as np
 
 import evaluate
 import meta_train
-from experiments import arms, contents, drift
+from experiments import arms, drift
 from harness import agents, runs, statistics, stops, tasks
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the reference's for Adam and RMSProp on gridworlds
@@ -252,24 +251,6 @@ def make(config, piece, mesh):
         with runs.whole_file(folder / f"{piece.name}.npz", "wb") as file:
             np.savez_compressed(file, **curves)
     runs.write_json(folder / f"{piece.name}.json", {title: row for title, (row, _) in results.items()})
-
-
-def panel_table(panel):
-    """What the finished pieces of a panel say, a line per optimizer and kind of alpha."""
-    lines = []
-    for piece in pieces():
-        path = contents.RESULTS / "full_size" / piece.folder / f"{piece.name}.json"
-        for kind, row in json.loads(path.read_text()).items() if piece.panel == panel and path.exists() else ():
-            alpha = f"{row['alpha']:g}" if kind == "fixed" else f"{row['alpha']:g}, tuned"
-            cells = [contents.cell(row, name) for name in ("area", "final")]
-            lines.append([row["task"], row["optimizer"], alpha, *cells])
-    return contents.markdown("task | optimizer | alpha | return, whole run | return, last fifth", *lines)
-
-
-CONTENTS = {
-    "full_size_catch": lambda: panel_table("Figure 3, catch"),
-    "full_size_worlds": lambda: panel_table("six worlds"),
-}
 
 
 def main(argv=None):

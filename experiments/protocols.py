@@ -1,10 +1,12 @@
-"""Experiment: the paper's protocol, panel by panel, and how much of it full_size.py has run, as a table for docs/results.md.
+"""Experiment: the paper's protocol, panel by panel, and what full_size.py has run of it, as tables for docs/results.md.
 
 The paper's columns are from the configs of its reference implementation.
 """
 
+import json
+
 from experiments import full_size
-from experiments.contents import RESULTS, markdown
+from experiments.contents import RESULTS, cell, markdown
 
 IN_TRAINING, TEN, TWENTY = "training episodes", "128 episodes without noise, 10 times", "the same, 20 times"
 # panel -> the reference's (steps of an agent, agents, how its alpha is chosen, what its returns are of)
@@ -32,4 +34,18 @@ def panels(results=RESULTS / "full_size"):
     return rows
 
 
-CONTENTS = {"panels": lambda: markdown("panel | steps | agents | alpha | returns | run here", *panels())}
+def outcome(panel, results=RESULTS / "full_size"):
+    """What the finished pieces of a panel say, a row per optimizer and kind of alpha."""
+    rows = []
+    for piece in full_size.pieces():
+        path = results / piece.folder / f"{piece.name}.json"
+        for kind, row in json.loads(path.read_text()).items() if piece.panel == panel and path.exists() else ():
+            alpha = f"{row['alpha']:g}{', tuned' * (kind == 'tuned')}"
+            rows.append([row["task"], row["optimizer"], alpha, cell(row, "area"), cell(row, "final")])
+    return markdown("task | optimizer | alpha | return, whole run | return, last fifth", *rows)
+
+
+CONTENTS = {
+    "panels": lambda: markdown("panel | steps | agents | alpha | returns | run here", *panels()),
+    "full_size_catch": lambda: outcome("Figure 3, catch"),
+}

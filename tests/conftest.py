@@ -21,10 +21,12 @@ os.environ.setdefault("XLA_FLAGS", CHEAP)
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / f"optim4rl-{jax.__version__}")
 )
-# JAX leaves out what took less than a second to compile, here nearly all. A process started anew wants every one of them; among
-# tests, whose smallest programs are never seen again, writing those would cost more than it saves.
+# JAX leaves out what took less than a second to compile, here nearly all. A process of a program finds each of them in the cache;
+# of the tests' own, whose smallest ones are never seen again, writing those would cost more than it saves.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# A program that another process is just writing cannot be read, and is compiled again.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:Error reading persistent compilation cache:UserWarning")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(

@@ -1,6 +1,7 @@
 """The programs run as a user runs them: real processes, real files."""
 
 import csv
+import os
 import pathlib
 import shlex
 import subprocess
@@ -11,11 +12,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEVICES = 4  # of the tests' own process. Only one with as many finds what it compiled in the cache.
 
 
-def start(program, flags):
+def start(program, flags, **env):
     """A process of "meta_train.py" or of "experiments.full_size", which is started as a module."""
     place = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
     command = [sys.executable, *place, *shlex.split(flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, **pipes)
+
+
+def start_on_full_disk(program, flags, size):
+    """A process that can write no file beyond a size in bytes. It would leave the shared cache full of torn programs."""
+    import resource  # not on Windows
+
+    process = start(program, flags, JAX_ENABLE_COMPILATION_CACHE="false")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    return process
 
 
 def finish(program, flags):

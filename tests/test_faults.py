@@ -1,7 +1,6 @@
 """What may happen to a long run of meta-training: kills, full disks, damaged files, several processes."""
 
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -10,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from programs import DEVICES, read_csv, start, wait_until
+from programs import DEVICES, read_csv, start, start_on_full_disk, wait_until
 
 import meta_train
 from harness import metrics, runs, weights
@@ -73,8 +72,7 @@ def test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_before_it_whol
     shutil.copytree(sound_run, folder)
     for newer in sorted((folder / "checkpoints").iterdir())[1:]:
         shutil.rmtree(newer)
-    process = start("meta_train.py", f"--resume {folder}")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    process = start_on_full_disk("meta_train.py", f"--resume {folder}", 100_000)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err, err
     assert err.splitlines()[-1].startswith(f"cannot write to {folder} (") and "is saved; to continue: python" in err
@@ -121,8 +119,7 @@ def test_a_task_that_loses_most_meta_steps_is_lost_and_one_that_loses_half_is_no
 def test_a_full_disk_ends_an_evaluation_in_one_line(tmp_path):
     """A limit on the size of files stands for the disk."""
     flags = f"--tasks catch --optimizers adam --learning-rate 1e-3 --seeds 2 --steps 4e4 --num-envs 8 --out {tmp_path / 'run'}"
-    process = start("evaluate.py", flags)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1200, 1200))
+    process = start_on_full_disk("evaluate.py", flags, 1200)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and err.splitlines()[-1].startswith("cannot write: "), err
     assert "Traceback" not in err and (tmp_path / "run" / "config.json").exists()
