@@ -197,7 +197,6 @@ score = lambda group, resets: lambda: contents.shown(scores_of(kept())[group, re
 ratio_of = lambda group: lambda: ratio(scores_of(kept()), group)
 CONTENTS = {
     "pipeline_rl": lambda: table(kept()),
-    "rl_nres": score("nres_falling", "staggered"),
     "rl_nres_none": score("nres_falling", "none"),
     "rl_nres_ratio": ratio_of("nres_falling"),
     "rl_nres_constant_ratio": ratio_of("nres_constant"),
