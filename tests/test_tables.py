@@ -99,3 +99,9 @@ def test_a_panel_counts_the_pieces_that_were_run_at_full_size(tmp_path):
     (tmp_path / "figure1").mkdir()
     (tmp_path / "figure1/figure1.json").write_text("{}")
     assert of_panel()["Figure 1"] == "1 of 1 pieces" and of_panel()["Figure 5"] == "0 of 1 pieces"
+
+
+def test_every_content_stands_in_a_text():
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "weights/README.md"]
+    written = set(tables.MARKER.findall("".join(text.read_text() for text in texts)))
+    assert written - {"end"} == set(tables.CONTENTS)
