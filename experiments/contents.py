@@ -173,7 +173,7 @@ def pendulum_units():
 
 def six_worlds(*tuned):
     """measured, of the shipped Optim4RL at the paper's size, fair opponents, and what was measured beside GatedAdam."""
-    return beside_gated_adam() | measured("six_worlds", "six_worlds/start", *tuned)
+    return beside_gated_adam() | measured("six_worlds", "six_worlds/start", "six_worlds/start_small", *tuned)
 
 
 def gated_scores():
