@@ -54,7 +54,7 @@ def run_all(config, folder, mesh):
             args = (folder, task, label, optimizer, rates, base.test_seeds, mesh, base.test_steps, tuning_seeds)
             results[task.name, label] = arms.test(*args)
 
-    hand_designed = agents.HAND_DESIGNED + (tuple(agents.VARIANTS) if config.variants else ())
+    hand_designed = [*agents.HAND_DESIGNED, *(agents.VARIANTS if config.variants else ())]
     with tqdm(hand_designed, unit="optimizer") as bar:
         for name in bar:
             bar.set_description(name)

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import contents, meta_seeds, protocols, tables
-from harness import runs, statistics
+import meta_train
+from experiments import arms, contents, meta_seeds, protocols, tables
+from harness import agents, runs, statistics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGIT_IN_CONTENT = re.compile(r"(<!-- (?!end)\w+ -->[^<]*?)(\d)(?=[^<]*<!-- end -->)", re.DOTALL)
@@ -71,6 +72,17 @@ def test_three_seeds_show_their_range_or_no_interval():
     row = {"seeds": 3, "area": 2.0, "area_low": 1.9, "area_high": 2.1}
     assert contents.cell(row, "area") == "2.00"
     assert contents.cell(row | {"area_runs": [1.0, 2.0, 3.0]}, "area") == "2.00 [1.00, 3.00]"
+
+
+@pytest.mark.parametrize("variants", [True, False])
+def test_meta_seeds_test_every_optimizer_on_every_task(monkeypatch, tmp_path, variants):
+    monkeypatch.setattr(arms, "learned", lambda config, mesh: agents.Optimizer("optim4rl"))
+    monkeypatch.setattr(arms, "test", lambda folder, task, label, *args: label)
+    results = meta_seeds.run_all(meta_seeds.Config(seeds=(1, 2), variants=variants), tmp_path, None)
+    labels = {"sign_descent", "adam", "rmsprop", "untrained_optim4rl", "meta-seed 1", "meta-seed 2"}
+    labels |= set(agents.VARIANTS) if variants else set()
+    assert set(results) == {(task, label) for task in meta_train.Config.test_tasks for label in labels}
+    assert all(result == label for (_, label), result in results.items())
 
 
 def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
