@@ -148,11 +148,11 @@ def run_all(config, folder, all_tasks, optimizers, mesh):
     for name in set(agents.LEARNED) & set(optimizers):  # from these copies a run is resumed
         _, meta_params, inputs = optimizers[name]
         weights.save(folder / "weights" / f"{name}.npz", meta_params, {"inputs": inputs}, name)
-    results, metadata = {}, {"config": asdict(config)}
+    results, fixed, metadata = {}, fixed_rates(config), {"config": asdict(config)}
     for task, optimizer in itertools.product(all_tasks, optimizers.values()):
         key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
         rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
-        rates = fixed_rates(config).get(optimizer.name, rates)
+        rates = fixed.get(optimizer.name, rates)
         store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, metadata, config.checkpoint_every)
         tuned = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, store)
         if task.play:
@@ -198,8 +198,7 @@ def main(argv=None):
     folder = runs.open_folder("evaluate", config)
     with runs.only_one(folder), stops.graceful_stop(runs.how_to_resume("evaluate.py", folder), config.time_limit):
         print(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {config.seeds} seeds; results in {folder}")
-        results = run_all(config, folder, all_tasks, optimizers, mesh)
-    write(folder, results)
+        write(folder, run_all(config, folder, all_tasks, optimizers, mesh))
     if robots := [task for task in all_tasks if task.play]:
         episodes = ", ".join(f"{task.name} {task.evaluations} x {task.evaluation_episodes}" for task in robots)
         print(
