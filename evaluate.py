@@ -58,7 +58,8 @@ PRESETS = {
     # One alpha for Optim4RL; RMSProp with a falling step, the best setting on small worlds, is tuned on each
     "gridworlds": dict(tasks=tasks.PAPER_WORLDS, seeds=6, steps=5e6, learning_rate=(1e-2, 2e-2, 5e-2))
     | dict(optimizers=("optim4rl", "rmsprop_0.9_corrected_falling"), fixed=("optim4rl=0.02",)),
-    "transfer": dict(tasks=tuple(tasks.PAPER_PPO)),
+    "transfer": dict(tasks=tuple(tasks.PAPER_PPO), seeds=10, learning_rate=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+    | dict(optimizers=("optim4rl", "untrained_optim4rl", *agents.HAND_DESIGNED)),
     "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 
