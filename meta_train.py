@@ -1,6 +1,7 @@
 """Program: learns an optimizer by pipeline training, then trains fresh agents with it (paper: Algorithm 1, experiments).
 
     python meta_train.py                                    # two small worlds: 5 minutes on 2 CPU cores
+    python meta_train.py --preset raw                       # the same for the paper's inputs, raw gradients
     python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
     python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 6 hours of 2 CPU cores
     python meta_train.py --preset pendulum                  # a robot, learned by PPO: 6 minutes
@@ -26,7 +27,10 @@ import evolution
 import pipeline
 from harness import agents, checkpoints, metrics, plots, runs, statistics, stops, tasks, weights
 
-Preset, Estimator = Literal["quick", "gradient", "paper", "gated_adam", "pendulum"], Literal["gradient", "nres", "pes"]
+Preset, Estimator = (
+    Literal["quick", "raw", "gradient", "paper", "gated_adam", "pendulum"],
+    Literal["gradient", "nres", "pes"],
+)
 TESTED = ("small_dense_short", "small_dense_long", "small_sparse_short")
 TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 
@@ -77,6 +81,9 @@ GRADIENT = dict(inputs="raw", estimator="gradient", num_units=64, num_envs=1, me
 GRADIENT |= dict(meta_learning_rate=1e-3, meta_decay=1.0, gru_scale=1.0, alpha=(), test_learning_rates=())
 PRESETS = {
     "quick": {},
+    "raw": dict(
+        inputs="raw", meta_learning_rate=1e-2, gru_scale=1.0, alpha=(0.1,)
+    ),  # what suited the paper's inputs best
     "gradient": GRADIENT,
     "paper": GRADIENT
     | dict(tasks=tasks.PAPER_WORLDS, num_units=512, meta_steps=585, reset_interval=(288,))

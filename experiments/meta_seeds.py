@@ -1,7 +1,7 @@
 """Experiment: how much do meta-runs of `python meta_train.py` differ, and do they beat tuned Adam and RMSProp?
 
     python -m experiments.meta_seeds                                # 10 meta-runs of the default: 40 minutes of 2 CPU cores
-    python -m experiments.meta_seeds --inputs raw                   # the same with the paper's inputs
+    python -m experiments.meta_seeds --preset raw                   # the same with the paper's inputs
     python -m experiments.meta_seeds --seeds 0 1 --out runs/two
     python -m experiments.meta_seeds --resume runs/meta_seeds-...   # continues after any interruption
 
@@ -12,14 +12,12 @@ folder of meta_train.py per meta-run), summary.json and learned_step.png.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 import meta_train
-import optim4rl
 from experiments import arms, contents
 from harness import agents, plots, runs, statistics, tasks
 from harness.plots import plt
@@ -29,7 +27,7 @@ GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizer
 
 @dataclass(frozen=True)
 class Config:
-    inputs: Literal[*agents.INPUTS] = "normalised"  # what the networks see
+    preset: meta_train.Preset = "quick"  # of meta_train.py
     seeds: tuple[int, ...] = tuple(range(100, 110))  # meta-seeds; the default was chosen on others
     variants: bool = True  # also Adam and RMSProp with other memories, bias correction and a falling step
     tuning_seeds: int = 5  # seeds on which the hand-designed optimizers are tuned
@@ -40,13 +38,13 @@ class Config:
 
 def meta_config(config, folder, seed):
     """meta_train.Config of one meta-run."""
-    out = str(folder / "meta_runs" / str(seed))
-    return meta_train.Config(inputs=config.inputs, devices=config.devices, seed=seed, out=out)
+    flags = {"preset": config.preset} | meta_train.PRESETS[config.preset]
+    return meta_train.Config(**flags, devices=config.devices, seed=seed, out=str(folder / "meta_runs" / str(seed)))
 
 
 def run_all(config, folder, mesh):
     """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, and "meta-seed S" of each meta-run."""
-    base, results = meta_train.Config(inputs=config.inputs, devices=config.devices), {}
+    base, results = meta_config(config, folder, 0), {}
     all_tasks = [tasks.make(name, base.test_envs) for name in base.test_tasks]
 
     def test(label, optimizer, rates, tuning_seeds):
@@ -59,11 +57,11 @@ def run_all(config, folder, mesh):
         for name in bar:
             bar.set_description(name)
             test(name, agents.Optimizer(name), GRID, config.tuning_seeds)
-    untrained = agents.untrained(base.optimizer, jax.random.key(0), config.inputs)
-    test(untrained.name, untrained, base.test_learning_rates, agents.TUNING_SEEDS)
+    untrained = agents.untrained(base.optimizer, jax.random.key(0), base.inputs)
+    test(untrained.name, untrained, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
     for seed in config.seeds:
         optimizer = arms.learned(meta_config(config, folder, seed), mesh)
-        test(f"meta-seed {seed}", optimizer, base.test_learning_rates, agents.TUNING_SEEDS)
+        test(f"meta-seed {seed}", optimizer, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
     return results
 
 
@@ -105,18 +103,23 @@ def write_curves(path, results):
 
 def draw(path, config, folder, mesh):
     """The step that each meta-run's optimizer takes with alpha = 1 where its networks see a constant |x|: over age, over |x|."""
-    sizes, updates = np.geomspace(0.03, 3, 21), 250
+    base, updates = meta_config(config, folder, 0), 250
+    middle = 1.0 if base.inputs == "normalised" else 1e-3  # raw gradients are as small as that
+    sizes = middle * np.geomspace(0.03, 3, 21)
+    make, start = agents.LEARNED[base.optimizer].make, meta_train.init_meta_params(base)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for seed in config.seeds:
         meta_params = arms.learned(meta_config(config, folder, seed), mesh).meta_params
-        steps = plots.learned_step(optim4rl.optim4rl, meta_params, sizes, updates)  # [updates, sizes]
-        left.plot(1 + np.arange(updates), steps[:, np.searchsorted(sizes, 1.0)], color="C0", alpha=0.5)
+        steps = plots.learned_step(make, meta_params, sizes, updates)  # [updates, sizes]
+        left.plot(1 + np.arange(updates), steps[:, np.searchsorted(sizes, middle)], color="C0", alpha=0.5)
         for age, color in ((1, "C1"), (60, "C2"), (250, "C3")):
             label = f"after {age} updates" if seed == config.seeds[0] else None
             right.loglog(sizes, steps[age - 1], color=color, alpha=0.5, label=label)
-    right.loglog(sizes, sizes, color="black", linestyle=":", label="RMSProp, its start")
-    left.set(title="|x| = 1, one line per meta-run", xlabel="age in updates", ylabel="step / alpha", ylim=(0, None))
-    right.set(title="x = g / RMS(g)", xlabel="|x|", ylabel="step / alpha")
+    right.loglog(sizes, plots.learned_step(make, start, sizes, 1)[0], color="black", linestyle=":", label="its start")
+    left.set(
+        title=f"|x| = {middle:g}, one line per meta-run", xlabel="age in updates", ylabel="step / alpha", ylim=(0, None)
+    )
+    right.set(title="x = g / RMS(g)" if middle == 1 else "x = g", xlabel="|x|", ylabel="step / alpha")
     right.legend(frameon=False)
     return plots.save(figure, path)
 
@@ -143,7 +146,8 @@ def table(summary):
     columns = ["all tasks", *summary["better_baseline"]]
     number = lambda label: map(contents.number, (mean_ratio(summary, label), *summary["ratios"][label].values()))
     lines = [[label, *number(label)] for label in others(summary)]
-    of_meta_runs = ["optim4rl, over meta-runs", *(over(summary, name) for name in columns)]
+    learned = next(x for x in others(summary) if x.startswith("untrained_")).removeprefix("untrained_")
+    of_meta_runs = [f"{learned}, over meta-runs", *(over(summary, name) for name in columns)]
     return contents.markdown(f"optimizer | {' | '.join(columns)}", of_meta_runs, *lines)
 
 
