@@ -25,11 +25,12 @@ Example:
     for key in jax.random.split(jax.random.key(1), 20):
         agent_state, metrics = update(agent_state, key)
 
-Deviations from the textbook, both as in the reference implementation (github.com/sail-sg/optim4rl):
+Deviations from the textbook, as in the reference implementation (github.com/sail-sg/optim4rl):
 - the convolution takes the last axis of a gridworld's observation (columns) for channels, planes and rows for space;
 - whatever ends an episode is a true end, after which nothing is earned. That includes the time limit of a gridworld,
-  although no observation shows the time that is left. If env.step tells truncation, as a fourth output, a step that the
-  time limit ended teaches nothing: what would have come after it is unknown.
+  although no observation shows the time that is left.
+Not in the reference: where env.step returns truncation as a fourth output, a step that the time limit ended teaches nothing,
+since what would have come after it is unknown.
 Copy this file: needs jax >= 0.10, optax >= 0.2.5.
 """
 
@@ -149,7 +150,7 @@ def a2c_loss(logits, values, actions, rewards, dones, config, truncations=None):
 def lambda_returns(rewards, dones, values, config, truncations=None):
     """G_t = r_t + discount (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_T = V_T; G_t = V_t where t is truncated.
 
-    [T, N], without gradient.
+    Args: rewards, dones, truncations (or None): [T, N]; values: [T + 1, N]. Returns: [T, N], without gradient.
     """
     values = jax.lax.stop_gradient(values)  # targets are fixed: TD learning is a semi-gradient method
 
@@ -196,7 +197,7 @@ def init_network(key, env, config):
     """Parameters: LeCun-uniform body, LeCun-normal heads, zero biases.
 
     Returns: {"conv" (if conv_features > 0) [4C, conv_features], "body" [D, hidden_size], "policy" [hidden_size, A],
-        "value" [hidden_size, 1]}, each {"kernel", "bias"}.
+        "value" [hidden_size, 1]}, each {"kernel", "bias"}. C: columns of the observation; D: features after flattening.
     """
     conv_features, hidden_size = config.conv_features, config.hidden_size
     uniform, normal = jax.nn.initializers.lecun_uniform(), jax.nn.initializers.lecun_normal()

@@ -2,8 +2,8 @@
 """Evolution strategies: estimators of the meta-gradient over whole lives, for pipeline.py (not in the paper).
 
 The paper's meta-gradient looks M updates ahead, and over so few updates smaller steps look better than they are. These
-estimators judge an optimizer by the return of a whole life, in forward passes only. Each unit holds two agents of equal
-randomness. They differ only in their optimizers: one lives with theta + epsilon, the other with theta - epsilon.
+estimators judge an optimizer by the return of a whole life, in forward passes only. Each unit holds two agents that draw
+the same random numbers. They differ only in their optimizers: one lives with theta + epsilon, the other with theta - epsilon.
 
 | symbol | in code | shape |
 |---|---|---|
@@ -16,12 +16,12 @@ randomness. They differ only in their optimizers: one lives with theta + epsilon
 
 - nres, noise-reuse evolution strategies (Li, Harrison, Sohl-Dickstein, Smith and Metz 2023): epsilon is drawn once per life,
   so xi = epsilon.
-- pes, persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021): epsilon is drawn in each meta-step, since the
-  difference of the losses is due to all epsilons of a life, not to the last one only. Where the losses of different meta-steps
-  are independent, its variance grows with age.
+- pes, persistent evolution strategies (Vicol, Metz and Sohl-Dickstein 2021): a new epsilon is drawn in each meta-step. The
+  difference of the losses is due to all epsilons of a life so far, so xi is their sum. Where the losses of different meta-steps
+  are independent, the variance of meta_grads grows with a unit's age.
 
-Both are, in the mean over lives, the gradient of the mean loss over a whole life, for a smoothed theta. They need units of all
-ages or whole cycles of resets for that, so they fit the pipeline.
+In the mean over lives, both give the gradient with respect to theta of the mean loss over a whole life, smoothed by the
+perturbations. For that they need units of all ages, or whole cycles of resets, so they fit the pipeline.
 
 In the pipeline: pipeline.make_task(learner, make_optimizer, config, estimator=evolution.nres(sigma=0.1)).
 
@@ -85,12 +85,12 @@ def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner
     """
 
     def draw(key, meta_params):
-        return jax.tree.map(lambda e: sigma * e, optax.tree.random_like(key, meta_params))
+        return optax.tree.scale(sigma, optax.tree.random_like(key, meta_params))
 
     def init(meta_params, key):
         agent_key, epsilon_key = jax.random.split(key)
         agent, epsilon = learner.init(agent_key, make_optimizer(meta_params)), draw(epsilon_key, meta_params)
-        xi = epsilon if reuse_noise else jax.tree.map(jnp.zeros_like, epsilon)
+        xi = epsilon if reuse_noise else optax.tree.zeros_like(epsilon)
         return Pair(jax.tree.map(lambda x: jnp.stack([x, x]), agent), xi, jnp.zeros((), jnp.int32))
 
     def perturb(meta_params, pair, key):
@@ -98,7 +98,7 @@ def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner
         begins_again = (pair.age > 0) & (pair.age % noise_interval == 0) if noise_interval else False
         new = draw(key, meta_params)
         if reuse_noise:
-            xi = jax.tree.map(lambda x, e: jnp.where(begins_again, e, x), pair.xi, new)
+            xi = optax.tree.where(begins_again, new, pair.xi)
             return xi, xi
         return new, jax.tree.map(lambda x, e: jnp.where(begins_again, 0, x) + e, pair.xi, new)
 
@@ -107,7 +107,7 @@ def evolution(sigma, noise_interval, reuse_noise, learner, make_optimizer, inner
         epsilon, xi = perturb(meta_params, pair, epsilon_key)
 
         def live(sign, agent):
-            optimizer = make_optimizer(jax.tree.map(lambda t, e: t + sign * e, meta_params, epsilon))
+            optimizer = make_optimizer(optax.tree.add_scale(meta_params, sign, epsilon))
             update = lambda a, k: learner.update(optimizer, a, k)
             return jax.lax.scan(update, agent, jax.random.split(unroll_key, inner_updates))
 

@@ -1,6 +1,6 @@
 """Program: learns an optimizer by pipeline training, then trains fresh agents with it (paper: Algorithm 1, experiments).
 
-    python meta_train.py                                    # two small worlds: 5 minutes on 2 CPU cores
+    python meta_train.py                                    # two small worlds: 4 minutes on 2 CPU cores
     python meta_train.py --preset raw                       # the same for the paper's inputs, raw gradients
     python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
     python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 6 hours of 2 CPU cores
@@ -177,7 +177,10 @@ def init_meta_params(config):
 
 
 def scales(config):
-    """A tree like the meta-parameters, of the units in which they are perturbed and moved: gru_scale in the GRUs, else 1."""
+    """The scale of each meta-parameter: gru_scale in the GRUs, else 1. The pipeline learns meta_params / scale.
+
+    So perturbations and steps of the meta-parameters themselves are multiplied by it. Returns: a tree like the meta-parameters.
+    """
     of_a_gru = lambda path: config.optimizer in agents.RECURRENT and not path[-1].key.startswith("readout")
     like = jax.eval_shape(lambda: init_meta_params(config))
     return jax.tree.map_with_path(
@@ -185,23 +188,26 @@ def scales(config):
     )
 
 
-def unscaled(config, meta_params):
-    """The meta-parameters themselves, from those in units of scales, which the pipeline learns."""
-    return jax.tree.map(jnp.multiply, meta_params, scales(config))
+def unscaled(config, scaled):
+    """scale * scaled: the meta-parameters themselves, from what the pipeline learns."""
+    return jax.tree.map(jnp.multiply, scaled, scales(config))
 
 
-def kept(config, meta_params):
-    """What is tested and saved of meta_params in units of scales: part of the way from the untrained ones, if so asked.
+def kept(config, scaled):
+    """The meta-parameters that are tested and saved: (1 - keep) * untrained + keep * learned.
 
-    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": it may do as well on the tasks learned from, and better
-    on others.)
+    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": with keep < 1 they may do as well on the tasks learned
+    from, and better on others.)
     """
     between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
-    return jax.tree.map(between, init_meta_params(config), unscaled(config, meta_params))
+    return jax.tree.map(between, init_meta_params(config), unscaled(config, scaled))
 
 
 def test(config, mesh, folder, learned_params):
-    """Fresh agents trained with the learned optimizer, the same before meta-training, and hand-designed ones: prints the table."""
+    """Trains fresh agents with the learned optimizer, its untrained start and hand-designed ones, all tuned.
+
+    Prints the table, writes summary.json, and adds the results to optimizer.npz.
+    """
     learned = agents.Optimizer(config.optimizer, learned_params, config.inputs)
     untrained = agents.Optimizer(f"untrained_{config.optimizer}", init_meta_params(config), config.inputs)
     optimizers = [learned, untrained, *map(agents.Optimizer, agents.HAND_DESIGNED)]

@@ -8,6 +8,9 @@ It is shaped like an adaptive optimizer, m / sqrt(v), with both moments computed
     h2 = GRU2(h2, g^2)     o2 = Linear2(h2)      v = exp(o2)
     delta = -alpha m / sqrt(v + eps)
 
+The paper writes h1, x1 = GRU1(h1, g) and o1 = Linear1(x1). The output x1 of a GRU is its new hidden state, so one name is
+enough.
+
 | symbol | in code | shape |
 |---|---|---|
 | g | one leaf of grads | [...], any shape |
@@ -32,7 +35,7 @@ Cost: 16 floats of state per parameter (Adam: 2); on a CPU about 50 times the ti
 
 Deviations:
 - The read-out weights start at zero, not LeCun-normal. So the untrained rule is exactly sign descent.
-- The biases of the GRUs do not start at zero. With zeros, small gradients would leave the hidden state near zero. They
+- The biases of the GRUs do not start at zero. With zeros, small gradients would leave the hidden state near zero. Ours
   make each hidden unit a clock: b_z = log(timescale - 1), after "Can recurrent neural networks warp time?" (Tallec and
   Ollivier 2018). A read-out of eight clocks can be a schedule.
 
@@ -71,13 +74,14 @@ def init_meta_params(key, hidden_size=8):
 
     Returns: {"m": moment, "v": moment} with moment = {"input_kernel" [3H], "input_bias" [3H], "recurrent_kernel" [3H, H],
         "candidate_bias" [H], "readout_kernel" [H], "readout_bias" []}; float32, or float64 under jax_enable_x64.
+    Raises: ValueError: hidden_size below 1.
     """
     if hidden_size < 1:
         raise ValueError(f"hidden_size is {hidden_size}; it must be at least 1")
 
     def init_moment(key):
         input_key, recurrent_key, sign_key = jax.random.split(key, 3)
-        # Clocks: without input a hidden unit moves from 0 towards 1 or -1, 1 / timescale at each update.
+        # Clocks: without input a hidden unit moves from 0 towards tanh(b_n), .76 or -.76, by 1 / timescale of the way per update.
         b_z = jnp.log(jnp.geomspace(*TIMESCALES, hidden_size) - 1)
         b_n = jax.random.rademacher(sign_key, (hidden_size,), b_z.dtype)
         orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (hidden_size, hidden_size)))
@@ -95,19 +99,19 @@ def init_meta_params(key, hidden_size=8):
 
 
 def init_like_rmsprop(hidden_size=8):
-    """Meta-parameters with which the untrained rule is about RMSProp, where it is fed x = g / RMS(g) (not in the paper).
+    """Meta-parameters with which the untrained rule is nearly RMSProp, where it is fed x = g / RMS(g) (not in the paper).
 
-    RMSProp's update is -alpha x, so o1 = 0 and o2 = -log x^2. Half of GRU2's units tell x^2: they have no memory, their update
-    gate is shut, so that h2 = tanh(w x^2) with w from .03 to 100. Their read-out is fitted to -log x^2 by least squares. All
+    RMSProp's update is -alpha x, so o1 = 0 and o2 = -log x^2. Half of GRU2's hidden units encode x^2. They have no memory: their
+    update gate z is nearly 0, so h2 = tanh(w x^2), with w from .03 to 100. Their read-out is fitted to -log x^2 by least squares. All
     other units are clocks that see no input; their read-out is zero.
 
-    Args: hidden_size: H >= 2. Returns: see init_meta_params.
+    Args: hidden_size: H. Returns: see init_meta_params. Raises: ValueError: hidden_size below 2.
     """
     if hidden_size < 2:
         raise ValueError(f"hidden_size is {hidden_size}; it must be at least 2")
     magnitudes = hidden_size // 2
 
-    def moment(w):  # [magnitudes or 0]
+    def moment(w):  # input weights of the units that encode x^2: [magnitudes] in GRU2, [0] in GRU1
         clocks = hidden_size - len(w)
         b_z = jnp.concatenate([jnp.full(len(w), -6.0), jnp.log(jnp.geomspace(*TIMESCALES, clocks) - 1)])
         b_n = jnp.concatenate([jnp.zeros(len(w)), (-1.0) ** jnp.arange(clocks)])

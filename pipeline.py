@@ -8,7 +8,7 @@ optimizer learns from are close to independent and identically distributed. One 
     (1) reset every unit that is due                                              reset_due, make_task
     (2) each unit: M inner updates                                                unroll
     (3) each unit: a fresh rollout gives the meta-loss                            meta_gradient
-    (4) its gradient with respect to meta_params, a mean over units and tasks     meta_gradient, make_task, meta_step
+    (4) its gradient with respect to meta_params, a mean over units and tasks     meta_gradient, update_meta_params
     (5) the meta-optimizer (Adam) updates meta_params                             update_meta_params
 
 | symbol | in code | shape |
@@ -82,7 +82,7 @@ class Task(NamedTuple):
 
 class Unit(NamedTuple):
     state: Any  # the estimator's, for example an AgentState
-    healthy: jax.Array  # [] bool: it has begun, and all of it was finite in the last meta-step
+    healthy: jax.Array  # [] bool: it has begun, and its meta-gradient and metrics were finite in the last meta-step
 
 
 class MetaState(NamedTuple):
@@ -101,7 +101,8 @@ def meta_step(tasks, meta_optimizer, state, key, task_grad_norm=None):
         state: MetaState of init.
         key: the run's key, the same in every step.
         task_grad_norm: if given, each task's meta-gradient is rescaled to this norm (an option of the paper's six-task run: 0.5).
-    Returns: (MetaState, a dict of metrics per task: those of make_task, and skipped, whether its meta-gradient was not finite)
+    Returns: (MetaState, a dict of metrics per task: those of make_task, and skipped, whether its meta-gradient
+        had no effect, because it or the whole step was not finite).
     """
     # (1) to (4): in every task, reset the units that are due, let all of them learn, and average their meta-gradients.
     results = [
@@ -166,12 +167,12 @@ def gradient(learner, make_optimizer, inner_updates):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def update_meta_params(meta_optimizer, task_grad_norm, all_meta_grads, meta_opt_state, meta_params):
-    """(5) The meta-optimizer's step along the mean of the tasks' meta-gradients, without those that are not finite.
+    """(4), (5) The mean of the tasks' meta-gradients, without those that are not finite, and the meta-optimizer's step along it.
 
     Where none is finite, or the step itself is not, nothing changes: neither meta_params nor meta_opt_state, whose momentum
     and schedule would otherwise move on along a direction that failed.
 
-    Returns: (meta_params, meta_opt_state, skipped: one bool per task).
+    Returns: (meta_params, meta_opt_state, skipped: [tasks] bool, the same as in meta_step).
     """
     finite = jnp.stack([all_finite(grads) for grads in all_meta_grads])
     if task_grad_norm is not None:
@@ -180,7 +181,7 @@ def update_meta_params(meta_optimizer, task_grad_norm, all_meta_grads, meta_opt_
     updates, new_opt_state = meta_optimizer.update(jax.tree.map(mean, *all_meta_grads), meta_opt_state, meta_params)
     new_params = optax.apply_updates(meta_params, updates)
     usable = finite.any() & all_finite((new_params, new_opt_state))
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(usable, n, o), new, old)
+    keep = partial(optax.tree.where, usable)
     return keep(new_params, meta_params), keep(new_opt_state, meta_opt_state), ~(finite & usable)
 
 
@@ -298,4 +299,4 @@ def unit_keys(key, unit_id, meta_step):
 def rescale(grads, norm):
     """Gradients of that global norm; zero gradients stay zero."""
     scale = norm / jnp.maximum(optax.tree.norm(grads), 1e-12)
-    return jax.tree.map(lambda g: scale * g, grads)
+    return optax.tree.scale(scale, grads)

@@ -35,6 +35,9 @@ Example:
 Deviations from the PPO paper, as in Brax: rewards are scaled; every optimizer step computes values and advantages again;
 an advantage is r + discount G' - V, where G' is the next step's target G: a TD error that lies k steps ahead has the weight
 discount^k lambda^(k-1) instead of (discount lambda)^k.
+Deviations of the meta-loss from the reference (github.com/sail-sg/optim4rl, MetaPPO.py): it uses as many trajectories as an
+update does, and their observations enter the statistics. There it uses fewer, max(batch_size // num_envs, 1) * num_envs, and
+the statistics stay as they are.
 Copy this file: needs jax >= 0.10, optax >= 0.2.5, numpy.
 """
 
@@ -123,6 +126,7 @@ def make(env, config=Config()):
 
     Returns: Learner. metrics: loss (mean over the optimizer steps); reward (mean per step); objective (mean return so far of
         the running episodes); invalid_steps; episode_return_sum, episode_length_sum, episodes: of those that ended.
+    Raises: ValueError: observations of another shape.
     """
     if len(env.obs_shape) != 1:
         raise ValueError(f"obs_shape is {env.obs_shape}; PPO's networks take observations with one axis")
@@ -330,7 +334,7 @@ def update_obs_stats(stats, obs):
     std = jnp.clip(jnp.sqrt(jnp.maximum(summed_variance, 0.0) / count), floor, 1e6)
     fade = jnp.minimum(1.0, MOST_COUNTED / count)  # of old observations, so that new ones never cease to count
     updated = ObsStats(fade * count, mean, fade * summed_variance, std)
-    return jax.tree.map(lambda new, old: jnp.where(added > 0, new, old), updated, stats)
+    return optax.tree.where(added > 0, updated, stats)
 
 
 def usable(obs):
