@@ -18,7 +18,7 @@ with --render, films.
 import contextlib
 import itertools
 import pathlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -31,9 +31,20 @@ WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz
 TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 
 
+PRESETS = {
+    "quick": {},
+    # One alpha for Optim4RL; RMSProp with a falling step, the best setting on small worlds, is tuned on each
+    "gridworlds": dict(tasks=tasks.PAPER_WORLDS, seeds=6, steps=5e6, learning_rate=(1e-2, 2e-2, 5e-2))
+    | dict(optimizers=("optim4rl", "rmsprop_0.9_corrected_falling"), fixed=("optim4rl=0.02",)),
+    "transfer": dict(tasks=tuple(tasks.PAPER_PPO), seeds=10, learning_rate=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
+    | dict(optimizers=("optim4rl", "untrained_optim4rl", *agents.HAND_DESIGNED)),
+    "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
+}
+
+
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["quick", "gridworlds", "transfer", "paper"] = "quick"  # other defaults for all other flags
+    preset: Literal[*PRESETS] = "quick"  # other defaults for all other flags
     tasks: tuple[TaskName, ...] = ("inverted_double_pendulum",)  # worlds and robots
     optimizers: tuple[Literal[*agents.NAMES], ...] = ("optim4rl", *agents.HAND_DESIGNED)  # what trains the agents
     weights: tuple[str, ...] = ()  # FILE of optim4rl, or NAME=FILE; empty: weights/NAME.npz
@@ -51,17 +62,6 @@ class Config:
     out: str | None = None  # folder of this run; None: a new one under runs/
     resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
     render: bool = False  # film an episode of each robot and optimizer, as HTML
-
-
-PRESETS = {
-    "quick": {},
-    # One alpha for Optim4RL; RMSProp with a falling step, the best setting on small worlds, is tuned on each
-    "gridworlds": dict(tasks=tasks.PAPER_WORLDS, seeds=6, steps=5e6, learning_rate=(1e-2, 2e-2, 5e-2))
-    | dict(optimizers=("optim4rl", "rmsprop_0.9_corrected_falling"), fixed=("optim4rl=0.02",)),
-    "transfer": dict(tasks=tuple(tasks.PAPER_PPO), seeds=10, learning_rate=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
-    | dict(optimizers=("optim4rl", "untrained_optim4rl", *agents.HAND_DESIGNED)),
-    "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
-}
 
 
 def check(config):
@@ -135,26 +135,26 @@ def fixed_rates(config):
     rates = {}
     for text in config.fixed:
         name, _, alpha = text.partition("=")
+        rate = 0.0
         with contextlib.suppress(ValueError):
-            rates[name] = [float(alpha)]
-        if name not in config.optimizers or not 0 < rates.get(name, [0])[0] <= 1e12:
+            rate = float(alpha)
+        if name in rates or name not in config.optimizers or not 0 < rate <= 1e12:
             raise runs.UsageError(f"--fixed has {text!r}; give NAME=ALPHA, NAME one of {', '.join(config.optimizers)}")
+        rates[name] = [rate]
     return rates
 
 
 def run_all(config, folder, all_tasks, optimizers, mesh):
     """{(task, optimizer): agents.Tuned}: tunes and trains with all optimizers on all tasks."""
-    for part in ("runs", "policies", "weights"):
-        (folder / part).mkdir(exist_ok=True)
     for name in set(agents.LEARNED) & set(optimizers):  # from these copies a run is resumed
         _, meta_params, inputs = optimizers[name]
         weights.save(folder / "weights" / f"{name}.npz", meta_params, {"inputs": inputs}, name)
-    results, fixed, metadata = {}, fixed_rates(config), {"config": asdict(config)}
+    results, fixed = {}, fixed_rates(config)
     for task, optimizer in itertools.product(all_tasks, optimizers.values()):
         key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
         rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
         rates = fixed.get(optimizer.name, rates)
-        store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, metadata, config.checkpoint_every)
+        store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, config.checkpoint_every)
         tuned = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, store)
         if task.play:
             values = kept.deterministic_returns(folder, task.name, optimizer.name, tuned.alpha, config.seeds)

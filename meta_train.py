@@ -27,17 +27,33 @@ import evolution
 import pipeline
 from harness import agents, checkpoints, metrics, plots, runs, statistics, stops, tasks, weights
 
-Preset, Estimator = (
-    Literal["quick", "raw", "gradient", "paper", "gated_adam", "pendulum"],
-    Literal["gradient", "nres", "pes"],
-)
+Estimator = Literal["gradient", "nres", "pes"]
 TESTED = ("small_dense_short", "small_dense_long", "small_sparse_short")
 TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
+
+# The paper's gradient, and as much of its pipeline as 2 CPU cores train in 2 minutes
+GRADIENT = dict(inputs="raw", estimator="gradient", num_units=64, num_envs=1, meta_steps=400, reset_interval=(72,))
+GRADIENT |= dict(meta_learning_rate=1e-3, meta_decay=1.0, gru_scale=1.0, alpha=(), test_learning_rates=())
+PRESETS = {
+    "quick": {},
+    # What suited the paper's inputs best
+    "raw": dict(inputs="raw", meta_learning_rate=1e-2, gru_scale=1.0, alpha=(0.1,)),
+    "gradient": GRADIENT,
+    "paper": GRADIENT
+    | dict(tasks=tasks.PAPER_WORLDS, num_units=512, meta_steps=585, reset_interval=(288,))
+    | dict(test_tasks=tasks.WORLDS, test_steps=5e6, test_envs=512),
+    "gated_adam": dict(optimizer="gated_adam", alpha=(0.03,), keep=0.5, test_learning_rates=())
+    | dict(tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"))
+    | dict(meta_steps=1250, reset_interval=(125,), sigma=0.4, meta_learning_rate=4e-3, meta_decay=1.0),
+    "pendulum": GRADIENT
+    | dict(tasks=("inverted_pendulum",), num_units=8, meta_steps=100, reset_interval=(12,))
+    | dict(alpha=(3e-4,), meta_learning_rate=5e-3, test_tasks=("inverted_pendulum",), test_seeds=3),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Preset = "quick"  # other defaults for all other flags
+    preset: Literal[*PRESETS] = "quick"  # other defaults for all other flags
     tasks: tuple[TaskName, ...] = ("small_dense_short", "small_dense_long")  # worlds and robots to learn from
     optimizer: Literal[*agents.LEARNED] = "optim4rl"  # what is learned
     inputs: Literal[*agents.INPUTS] = "normalised"  # what its networks see: g / RMS(g), or raw: g as in the paper
@@ -74,27 +90,6 @@ class Config:
     num_processes: int | None = None  # processes of the run, all with the same --out; None: one, or auto
     process_id: int | None = None  # which of them this is, 0 to N - 1; None: the only one, or auto
     resume: str | None = None  # folder of a stopped run to continue; its config is taken from there
-
-
-# The paper's gradient, and as much of its pipeline as 2 CPU cores train in 2 minutes
-GRADIENT = dict(inputs="raw", estimator="gradient", num_units=64, num_envs=1, meta_steps=400, reset_interval=(72,))
-GRADIENT |= dict(meta_learning_rate=1e-3, meta_decay=1.0, gru_scale=1.0, alpha=(), test_learning_rates=())
-PRESETS = {
-    "quick": {},
-    "raw": dict(
-        inputs="raw", meta_learning_rate=1e-2, gru_scale=1.0, alpha=(0.1,)
-    ),  # what suited the paper's inputs best
-    "gradient": GRADIENT,
-    "paper": GRADIENT
-    | dict(tasks=tasks.PAPER_WORLDS, num_units=512, meta_steps=585, reset_interval=(288,))
-    | dict(test_tasks=tasks.WORLDS, test_steps=5e6, test_envs=512),
-    "gated_adam": dict(optimizer="gated_adam", alpha=(0.03,), keep=0.5, test_learning_rates=())
-    | dict(tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"))
-    | dict(meta_steps=1250, reset_interval=(125,), sigma=0.4, meta_learning_rate=4e-3, meta_decay=1.0),
-    "pendulum": GRADIENT
-    | dict(tasks=("inverted_pendulum",), num_units=8, meta_steps=100, reset_interval=(12,))
-    | dict(alpha=(3e-4,), meta_learning_rate=5e-3, test_tasks=("inverted_pendulum",), test_seeds=3),
-}
 
 
 def make_tasks(config, mesh):

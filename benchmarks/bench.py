@@ -9,16 +9,16 @@ in processes of their own, each with an empty compilation cache, so that the tim
 those of a first start; "again" is the same start with the cache filled.
 """
 
-import argparse
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,14 @@ import pipeline
 from harness import agents, runs, tasks
 
 GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
+
+
+@dataclass(frozen=True)
+class Config:
+    only: tuple[Literal[*GROUPS], ...] = GROUPS  # groups
+    units: tuple[int, ...] = (8, 128, 512)  # units of the growing meta-step, beside 32
+    repeats: int = 5  # runs of which the median is taken
+    out: str | None = None  # JSON file to write; None: print only
 
 
 def measure(step, state, repeats):
@@ -146,7 +154,8 @@ def meta_step_worker(repeats, names, num_units, devices, estimator, ppo="small")
 def meta_steps(cases, repeats):
     """cases: (name, *arguments of meta_step_worker); devices None: all. The first case is started twice."""
     for number, (name, *case) in enumerate(cases):
-        command = [sys.executable, "-m", "benchmarks.bench", "--worker", json.dumps([repeats, *case])]
+        call = f"from benchmarks import bench; bench.meta_step_worker{(repeats, *case)}"
+        command = [sys.executable, "-c", call]
         with tempfile.TemporaryDirectory() as cache:
             for start in ("", " again") if number == 0 else ("",):
                 env = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": ""}
@@ -182,36 +191,24 @@ def robot_cases():
             yield f"ant x {num_units} units, {settings} PPO", ("ant",), num_units, 1, "gradient", settings
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"groups: {', '.join(GROUPS)}")
-    parser.add_argument("--units", default="8,128,512", help="units of the growing meta-step, beside 32 (8,128,512)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (5)")
-    parser.add_argument("--out", help="JSON file to write; none: print only")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
-    if flags.worker:
-        repeats, names, *case = json.loads(flags.worker)
-        return meta_step_worker(repeats, tuple(names), *case)
-    groups = flags.only.split(",")
-    if unknown := set(groups) - set(GROUPS):
-        raise runs.UsageError(f"unknown group {', '.join(unknown)}; known: {', '.join(GROUPS)}")
-    units = [int(number) for number in flags.units.split(",") if number]
+def main(argv=None):
+    config = runs.parse(Config, {}, __doc__, argv)
+    runs.check_positive(config, ("units", "repeats"))
     measurements = {
-        "machine": lambda: machine(flags.repeats),
-        "env": lambda: environments(flags.repeats),
-        "a2c": lambda: learners("a2c", flags.repeats),
-        "ppo": lambda: learners("ppo", flags.repeats),
-        "optimizer": lambda: optimizers(flags.repeats),
-        "meta": lambda: meta_steps(meta_cases(units), flags.repeats),
+        "machine": lambda: machine(config.repeats),
+        "env": lambda: environments(config.repeats),
+        "a2c": lambda: learners("a2c", config.repeats),
+        "ppo": lambda: learners("ppo", config.repeats),
+        "optimizer": lambda: optimizers(config.repeats),
+        "meta": lambda: meta_steps(meta_cases(config.units), config.repeats),
         "robots": lambda: meta_steps(robot_cases(), repeats=1),  # the paper's settings take minutes on a CPU
     }
     device = jax.devices()[0]
     print(f"{os.cpu_count()} cores; jax {jax.__version__} on {device.platform} ({device.device_kind})")
-    rows = [measured for group in groups for measured in measurements[group]()]
-    if flags.out:
+    rows = [measured for group in config.only for measured in measurements[group]()]
+    if config.out:
         hardware = {"cores": os.cpu_count(), "device": device.device_kind, "jax": jax.__version__}
-        pathlib.Path(flags.out).write_text(json.dumps({"machine": hardware, "rows": rows}, indent=1))
+        runs.write_json(config.out, {"machine": hardware, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 
-from harness import runs, statistics
+from harness import agents, runs, statistics
 
 RESULTS = runs.ROOT / "results"
 # Optimizers as earlier versions of the programs called them
@@ -42,7 +42,7 @@ def read_csv(name):
 
 
 @functools.cache
-def measured(*folders):
+def kept_rows(*folders):
     """{(task, optimizer): row of summary.json}; where each run's curve is kept, also its area_runs and final_runs."""
     rows = {}
     for folder in folders:
@@ -50,18 +50,18 @@ def measured(*folders):
         rows |= {pair_of(row): dict(row) for row in read_json(f"{folder}/summary.json")}
         curves = read_csv(f"{folder}/curves.csv") if (RESULTS / folder / "curves.csv").exists() else []
         for pair, points in itertools.groupby(curves, pair_of):
-            returns = np.array([float(point["episode_return"]) for point in points]).reshape(rows[pair]["seeds"], -1)
-            last_fifth = returns[:, -max(1, returns.shape[1] // 5) :]
-            rows[pair] |= {"area_runs": returns.mean(1), "final_runs": last_fifth.mean(1)}
+            returns = np.reshape([float(point["episode_return"]) for point in points], (rows[pair]["seeds"], -1))
+            curves = agents.Runs(None, returns)
+            rows[pair] |= {"area_runs": curves.area(), "final_runs": curves.final()}
     return rows
 
 
 def beside_gated_adam():
-    """measured, of all that was tested beside GatedAdam."""
+    """kept_rows, of all that was tested beside GatedAdam."""
     others = sorted(f"gridworlds/others/{path.name}" for path in (RESULTS / "gridworlds/others").iterdir())
     worlds = [f"gridworlds/{name}" for name in ("small", "small_sparse_short", "small_sparse_long", "catch")]
     robots = ["gated_adam/transfer", *(f"gated_adam/{name}" for name in MORE_ROBOTS)]
-    return measured(*worlds, *others, *robots, "gridworlds")
+    return kept_rows(*worlds, *others, *robots, "gridworlds")
 
 
 def mean_of_log(folder, column, start, length):
@@ -81,7 +81,7 @@ def span(mean, low, high):
     return statistics.shown(mean, low, high, number)
 
 
-def shown(values):
+def interval(values):
     """The interval of [R] numbers; empty for none."""
     return span(*statistics.interval(values)) if len(values) else ""
 
@@ -89,7 +89,7 @@ def shown(values):
 def cell(row, name):
     """A mean and its interval. Few seeds of which only a summary is kept have none that means anything."""
     if f"{name}_runs" in row:
-        return shown(row[f"{name}_runs"])
+        return interval(row[f"{name}_runs"])
     return span(row[name], row[f"{name}_low"], row[f"{name}_high"]) if row["seeds"] >= 5 else number(row[name])
 
 
@@ -158,7 +158,7 @@ def protocol():
 
 
 def truncation():
-    ends, told = measured("truncation/ends"), measured("truncation/told")
+    ends, told = kept_rows("truncation/ends"), kept_rows("truncation/told")
     lines = [[*pair, *(cell(rows[pair], name) for name in ("area", "final") for rows in (ends, told))] for pair in ends]
     header = "task | optimizer | whole run, a true end | told | last fifth, a true end | told"
     return markdown(header, *lines)
@@ -172,8 +172,8 @@ def pendulum_units():
 
 
 def six_worlds(*tuned):
-    """measured, of the shipped Optim4RL at the paper's size, fair opponents, and what was measured beside GatedAdam."""
-    return beside_gated_adam() | measured("six_worlds", "six_worlds/start", "six_worlds/start_small", *tuned)
+    """kept_rows, of the shipped Optim4RL at the paper's size, fair opponents, and what was measured beside GatedAdam."""
+    return beside_gated_adam() | kept_rows("six_worlds", "six_worlds/start", "six_worlds/start_small", *tuned)
 
 
 def gated_scores():
@@ -215,7 +215,7 @@ def brax_ppo():
     for folder in ("brax_ppo_paper", "brax_ppo_ant"):
         task = read_json(f"{folder}/config.json")["config"]["task"]
         for row in read_json(f"{folder}/results.json"):
-            returns = [shown(row[name]) for name in ("final_runs", "whole_runs")]
+            returns = [interval(row[name]) for name in ("final_runs", "whole_runs")]
             lines.append([task, row["steps"], row["seeds"], row["trainer"], *returns, number(row["steps_per_second"])])
     return markdown("robot | steps | seeds | trainer | last evaluation | mean of all | steps/s", *lines)
 
@@ -233,16 +233,16 @@ def optimizer_speed():
 
 CONTENTS = {
     "protocol": protocol,
-    "paper_full": lambda: per_task(measured("paper"), WORLDS, ("optim4rl", *HAND)),
-    "paper_score": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1]),
-    "paper_score_final": lambda: mean_ratio(measured("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
-    "earlier_ratio": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "optim4rl", HAND[:1]),
-    "earlier_ratio_rmsprop": lambda: mean_ratio(measured("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
+    "paper_full": lambda: per_task(kept_rows("paper"), WORLDS, ("optim4rl", *HAND)),
+    "paper_score": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1]),
+    "paper_score_final": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
+    "earlier_ratio": lambda: mean_ratio(kept_rows("meta_train_raw"), TESTED, "optim4rl", HAND[:1]),
+    "earlier_ratio_rmsprop": lambda: mean_ratio(kept_rows("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
     "truncation": truncation,
-    "robot_default": lambda: per_pair(measured("double_pendulum"), {"return without noise": "deterministic"}),
-    "robots": lambda: per_pair(measured("transfer")),
+    "robot_default": lambda: per_pair(kept_rows("double_pendulum"), {"return without noise": "deterministic"}),
+    "robots": lambda: per_pair(kept_rows("transfer")),
     "pendulum_units": pendulum_units,
-    "figure3": lambda: per_pair(measured("figure3/small_dense_long", "figure3/big_dense_long")),
+    "figure3": lambda: per_pair(kept_rows("figure3/small_dense_long", "figure3/big_dense_long")),
     "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, START, *HAND)),
     "six_worlds_all": lambda: score(six_worlds(), WORLDS[:6], "optim4rl"),
     "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),

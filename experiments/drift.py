@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments import arms, contents
-from harness import plots, runs, statistics, stops, tasks
+from harness import plots, runs, statistics, stops, tasks, weights
 from harness.plots import plt
 
 PHASES = ("beginning", "middle", "end")
@@ -143,6 +143,8 @@ def load_mnist(path):
 def collect(config, folder):
     """A figure's data: counts [S, 3, B] of histograms.npz. Each finished life is kept on the way."""
     step, init = (a2c_step if config.figure == "figure1" else supervised_step)(config)
+    if (folder / "histograms.npz").exists():
+        return weights.read_arrays(folder / "histograms.npz")["counts"]
     lives = [folder / f"life_{i}.npy" for i in range(config.seeds)]
     for life, key in zip(lives, jax.random.split(jax.random.key(config.seed), config.seeds)):
         if not life.exists():
@@ -150,8 +152,7 @@ def collect(config, folder):
             with runs.whole_file(life, "wb") as file:
                 np.save(file, counts)
     counts = np.stack([np.load(life) for life in lives])
-    with runs.whole_file(folder / "histograms.npz", "wb") as file:
-        np.savez_compressed(file, counts=counts, edges=EDGES)
+    weights.write_arrays(folder / "histograms.npz", {"counts": counts, "edges": EDGES}, compressed=True)
     for life in lives:
         life.unlink()
     return counts
@@ -176,9 +177,13 @@ def phase_histograms(step, init, key, config):
 
 def drift(counts, edges=EDGES):
     """Mean Wasserstein distance of log10|g| between pairs of phases, in decades: counts [3, B], edges [B + 1]."""
+    return float(np.mean([distance(a, b, edges) for a, b in itertools.combinations(counts, 2)]))
+
+
+def distance(a, b, edges=EDGES):
+    """Wasserstein distance of log10|g| between two histograms [B], in decades."""
     centers = (edges[:-1] + edges[1:]) / 2
-    pairs = itertools.combinations(counts, 2)
-    return float(np.mean([scipy.stats.wasserstein_distance(centers, centers, a, b) for a, b in pairs]))
+    return scipy.stats.wasserstein_distance(centers, centers, a, b)
 
 
 def draw(path, counts, title):
@@ -196,8 +201,8 @@ def make(config, folder):
     counts = collect(config, folder)
     drifts = [drift(life) for life in counts]
     title = "A2C on big_dense_long" if config.figure == "figure1" else "supervised, digits"
-    print(f"{title}: drift {contents.shown(drifts)} decades, the mean distance between {', '.join(PHASES)}.")
-    path = draw(folder / "drift.png", counts, f"{title}\ndrift {contents.shown(drifts)} decades")
+    print(f"{title}: drift {contents.interval(drifts)} decades, the mean distance between {', '.join(PHASES)}.")
+    path = draw(folder / "drift.png", counts, f"{title}\ndrift {contents.interval(drifts)} decades")
     print(f"{statistics.caption(len(counts))} Picture: {path}")
     return drifts
 
@@ -212,7 +217,7 @@ def main(argv=None):
 def kept_drift(figure):
     """The drift of a kept histograms.npz."""
     with np.load(contents.RESULTS / figure / "histograms.npz") as file:
-        return contents.shown([drift(life, file["edges"]) for life in file["counts"]])
+        return contents.interval([drift(life, file["edges"]) for life in file["counts"]])
 
 
 CONTENTS = {

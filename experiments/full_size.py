@@ -19,12 +19,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 import evaluate
 import meta_train
 from experiments import arms, drift
-from harness import agents, runs, statistics, stops, tasks
+from harness import agents, runs, statistics, stops, tasks, weights
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the reference's for Adam and RMSProp on gridworlds
 WEIGHTS = {  # of the learned optimizers that were learned already: (whose, file)
@@ -78,7 +76,7 @@ def gradients(figure, flags, config, folder, mesh):
     return {"drift": (statistics.measured("drift", drifts) | flags, None)}
 
 
-def candidates(task, label, settings, config, folder, mesh):
+def candidates(task, label, settings, config, folder):
     """{label of a candidate: agents.Optimizer}: meta-trained with each of the settings, or the one of that label."""
     if not settings:
         return {label: evaluate.load_optimizer(*WEIGHTS[label]) if label in WEIGHTS else agents.Optimizer(label)}
@@ -88,7 +86,7 @@ def candidates(task, label, settings, config, folder, mesh):
         of_run = meta_train.Config(**base | setting, out=str(folder / "meta_runs" / f"{label}-{i}"))
         of_run = replace(of_run, meta_steps=max(2, round(config.scale * of_run.meta_steps)))
         try:
-            found[f"{label}-{i}"] = arms.learned(of_run, mesh)
+            found[f"{label}-{i}"] = arms.learned(of_run)
         except SystemExit as stop:
             if isinstance(stop.code, int):
                 raise
@@ -98,13 +96,15 @@ def candidates(task, label, settings, config, folder, mesh):
 
 def meta(task, label, settings, config, folder, mesh):
     """Meta-runs only, which another piece tests."""
-    return {"meta": ({"meta_runs": list(candidates(task, label, settings, config, folder, mesh))}, None)}
+    return {"meta": ({"meta_runs": list(candidates(task, label, settings, config, folder))}, None)}
 
 
 def test(name, label, alphas, seeds, settings, config, folder, mesh):
     """Fresh agents; alphas: {"fixed" or "tuned": learning rates}."""
     task, results = tasks.make(name, ppo_settings="paper"), {}
-    options = candidates(name, label, settings, config, folder, mesh)
+    options = candidates(name, label, settings, config, folder)
+    if not options:  # all meta-runs lost their meta-gradients: no agents, and the piece is done
+        return {}
 
     def run(option, rates, num_seeds, tuning_seeds):
         args = (folder, task, option, options[option], rates, num_seeds, mesh, config.scale * paper_steps(name))
@@ -237,8 +237,6 @@ def make(config, piece, mesh):
         runs.new_folder(folder, piece.folder, config)
     elif (scale := runs.read_config(Config, folder).scale) != config.scale:
         raise runs.UsageError(f"{folder} was run with --scale {scale}; choose another --results")
-    for part in ("runs", "meta_runs", "policies"):
-        (folder / part).mkdir(exist_ok=True)
     with runs.only_one(folder):
         results = piece.call(config, folder, mesh)
     curves = {
@@ -248,8 +246,7 @@ def make(config, piece, mesh):
         for name, x in tuned.runs._asdict().items()
     }
     if curves:
-        with runs.whole_file(folder / f"{piece.name}.npz", "wb") as file:
-            np.savez_compressed(file, **curves)
+        weights.write_arrays(folder / f"{piece.name}.npz", curves, compressed=True)
     runs.write_json(folder / f"{piece.name}.json", {title: row for title, (row, _) in results.items()})
 
 
@@ -263,7 +260,7 @@ def main(argv=None):
     chosen = [piece for piece in known if not config.only or piece.name.startswith(config.only)]
     if config.plan:
         return print_plan(config, chosen)
-    mesh = runs.use_devices(config.devices, divides=64)
+    mesh = runs.use_devices(config.devices)
     everything = config.only or mesh.devices.flat[0].platform != "cpu"
     with stops.graceful_stop(f"to continue: {runs.command()}", config.time_limit):
         for piece in chosen:

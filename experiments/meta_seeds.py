@@ -12,6 +12,7 @@ folder of meta_train.py per meta-run), summary.json and learned_step.png.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import meta_train
 from experiments import arms, contents
-from harness import agents, plots, runs, statistics, tasks
+from harness import agents, plots, runs, statistics, tasks, weights
 from harness.plots import plt
 
 GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizers: quarter decades
@@ -27,7 +28,9 @@ GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizer
 
 @dataclass(frozen=True)
 class Config:
-    preset: meta_train.Preset = "quick"  # of meta_train.py
+    preset: Literal["quick", "raw", "gradient", "gated_adam"] = (
+        "quick"  # of meta_train.py; those that learn from worlds
+    )
     seeds: tuple[int, ...] = tuple(range(100, 110))  # meta-seeds; the default was chosen on others
     variants: bool = True  # also Adam and RMSProp with other memories, bias correction and a falling step
     tuning_seeds: int = 5  # seeds on which the hand-designed optimizers are tuned
@@ -60,7 +63,7 @@ def run_all(config, folder, mesh):
     untrained = agents.untrained(base.optimizer, jax.random.key(0), base.inputs)
     test(untrained.name, untrained, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
     for seed in config.seeds:
-        optimizer = arms.learned(meta_config(config, folder, seed), mesh)
+        optimizer = arms.learned(meta_config(config, folder, seed))
         test(f"meta-seed {seed}", optimizer, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
     return results
 
@@ -97,11 +100,11 @@ def write_agents(path, results):
 def write_curves(path, results):
     """Learning curves of all reported agents: an array [agents, points] per TASK/OPTIMIZER, and the steps [points] of TASK."""
     curves = {f"{task}/{label}": np.float32(result.runs.returns) for (task, label), result in results.items()}
-    with runs.whole_file(path, "wb") as file:
-        np.savez_compressed(file, **curves, **{task: result.runs.steps for (task, _), result in results.items()})
+    curves |= {task: result.runs.steps for (task, _), result in results.items()}
+    weights.write_arrays(path, curves, compressed=True)
 
 
-def draw(path, config, folder, mesh):
+def draw(path, config, folder):
     """The step that each meta-run's optimizer takes with alpha = 1 where its networks see a constant |x|: over age, over |x|."""
     base, updates = meta_config(config, folder, 0), 250
     middle = 1.0 if base.inputs == "normalised" else 1e-3  # raw gradients are as small as that
@@ -109,7 +112,7 @@ def draw(path, config, folder, mesh):
     make, start = agents.LEARNED[base.optimizer].make, meta_train.init_meta_params(base)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for seed in config.seeds:
-        meta_params = arms.learned(meta_config(config, folder, seed), mesh).meta_params
+        meta_params = arms.learned(meta_config(config, folder, seed)).meta_params
         steps = plots.learned_step(make, meta_params, sizes, updates)  # [updates, sizes]
         left.plot(1 + np.arange(updates), steps[:, np.searchsorted(sizes, middle)], color="C0", alpha=0.5)
         for age, color in ((1, "C1"), (60, "C2"), (250, "C3")):
@@ -124,7 +127,7 @@ def draw(path, config, folder, mesh):
     return plots.save(figure, path)
 
 
-def mean_ratio(summary, label):
+def over_tasks(summary, label):
     return float(np.mean(list(summary["ratios"][label].values())))
 
 
@@ -144,7 +147,7 @@ def above(summary):
 def table(summary):
     """Area / that of the better of Adam and RMSProp: a line per optimizer, a column per task."""
     columns = ["all tasks", *summary["better_baseline"]]
-    number = lambda label: map(contents.number, (mean_ratio(summary, label), *summary["ratios"][label].values()))
+    number = lambda label: map(contents.number, (over_tasks(summary, label), *summary["ratios"][label].values()))
     lines = [[label, *number(label)] for label in others(summary)]
     learned = next(x for x in others(summary) if x.startswith("untrained_")).removeprefix("untrained_")
     of_meta_runs = [f"{learned}, over meta-runs", *(over(summary, name) for name in columns)]
@@ -160,8 +163,8 @@ def unseen(folder):
 
 
 def best_variant(summary):
-    best = max((x for x in others(summary) if not x.startswith("untrained")), key=lambda x: mean_ratio(summary, x))
-    return f"{best} {contents.number(mean_ratio(summary, best))}"
+    best = max((x for x in others(summary) if not x.startswith("untrained")), key=lambda x: over_tasks(summary, x))
+    return f"{best} {contents.number(over_tasks(summary, best))}"
 
 
 def single(folder):
@@ -190,8 +193,7 @@ CONTENTS = {f"default_{name}": content for name, content in contents_of("meta_se
 def main(argv=None):
     config = runs.parse(Config, {}, __doc__, argv)
     runs.check_different(config, ("seeds",))
-    for seed in config.seeds:
-        runs.check_seed(seed)
+    runs.check_seed(*config.seeds)
     runs.check_positive(config, ("tuning_seeds",))
     mesh = runs.use_devices(config.devices, divides=meta_train.Config.num_units)
 
@@ -205,7 +207,7 @@ def main(argv=None):
             f"\nArea / that of the better of Adam and RMSProp\n{table(summary)}\n{above(summary)} meta-runs are above 1."
         )
         print(f"{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
-        print(f"Picture: {draw(folder / 'learned_step.png', config, folder, mesh)}")
+        print(f"Picture: {draw(folder / 'learned_step.png', config, folder)}")
 
     arms.run("meta_seeds", config, mesh, body)
 

@@ -18,11 +18,9 @@ from functools import partial
 
 import jax
 import numpy as np
-import optax
-import scipy.stats
 from jax.sharding import PartitionSpec
 
-from experiments import arms, contents, drift
+from experiments import contents, drift
 from experiments.figure2 import reset_table
 from harness import plots, runs, statistics, tasks
 from harness.plots import plt
@@ -40,13 +38,12 @@ class Config:
     seed: int = 0  # of everything
     devices: int | None = None  # None: as many as share the units equally, on a CPU one per core
     out: str | None = None  # folder of this run; None: a new one under runs/
-    resume: str | None = None  # folder of an interrupted run, which is made again with its config
 
 
 def lives(config, mesh):
     """Histograms of the gradients in each meta-step of each unit's life: [groups, units, LIFE, B]."""
     learner = tasks.make("small_dense_short", config.num_envs).learner
-    optimizer = optax.chain(drift.recorder(), optax.clip(1.0), optax.rmsprop(config.learning_rate))
+    optimizer = drift.recorded(drift.Config(learning_rate=config.learning_rate))
 
     def update(agent, key):
         agent, _ = learner.update(optimizer, agent, key)
@@ -81,13 +78,12 @@ def phases(histograms):
 def draw(path, counts, drifts):
     """Per meta-step, the distance of its histogram to that of the whole cycle, one line per group."""
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    centers = (drift.EDGES[:-1] + drift.EDGES[1:]) / 2
     for resets, color in zip(RESETS, ("C0", "C1")):
         for i, group in enumerate(counts):
             histograms = seen(group, resets)
             whole = histograms.sum(0)
-            distances = [scipy.stats.wasserstein_distance(centers, centers, h, whole) for h in histograms]
-            label = f"{resets}: drift {contents.shown(drifts[resets])}" if i == 0 else None
+            distances = [drift.distance(h, whole) for h in histograms]
+            label = f"{resets}: drift {contents.interval(drifts[resets])}" if i == 0 else None
             axis.plot(distances, color=color, alpha=0.6, label=label)
     axis.set(xlabel="meta-step of a cycle", ylabel="decades", ylim=(0, None))
     axis.set(title="distance between the gradients of one meta-step and of the whole cycle")
@@ -101,22 +97,20 @@ def main(argv=None):
     runs.check_positive(config, ("num_units", "groups", "num_envs", "learning_rate"))
     mesh = runs.use_devices(config.devices, divides=config.num_units * config.groups)
 
-    def body(folder):
-        counts = lives(config, mesh)
-        of_group = lambda group, resets: drift.drift(phases(seen(group, resets)), drift.EDGES)
-        drifts = {resets: [of_group(group, resets) for group in counts] for resets in RESETS}
-        rows = [[i, *(f"{x:.6g}" for x in row)] for i, row in enumerate(zip(*drifts.values()))]
-        runs.write_csv(folder / "results.csv", ["group", *RESETS], rows)
-        for resets, values in drifts.items():
-            print(f"{resets:14} drift {contents.shown(values)} decades")
-        print(f"{statistics.caption(config.groups)} A seed is a group of units here.")
-        print(f"Picture: {draw(folder / 'pipeline_drift.png', counts, drifts)}")
-
-    arms.run("pipeline_drift", config, mesh, body)
+    folder = runs.new_folder(config.out, "pipeline_drift", config)
+    counts = lives(config, mesh)
+    of_group = lambda group, resets: drift.drift(phases(seen(group, resets)))
+    drifts = {resets: [of_group(group, resets) for group in counts] for resets in RESETS}
+    rows = [[i, *(f"{x:.6g}" for x in row)] for i, row in enumerate(zip(*drifts.values()))]
+    runs.write_csv(folder / "results.csv", ["group", *RESETS], rows)
+    for resets, values in drifts.items():
+        print(f"{resets:14} drift {contents.interval(values)} decades")
+    print(f"{statistics.caption(config.groups)} A seed is a group of units here.")
+    print(f"Picture: {draw(folder / 'pipeline_drift.png', counts, drifts)}")
 
 
 kept = lambda resets: (
-    lambda: contents.shown([float(row[resets]) for row in contents.read_csv("pipeline_drift/results.csv")])
+    lambda: contents.interval([float(row[resets]) for row in contents.read_csv("pipeline_drift/results.csv")])
 )
 CONTENTS = {f"pipeline_drift_{resets}": kept(resets) for resets in RESETS}
 

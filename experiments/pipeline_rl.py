@@ -34,7 +34,7 @@ import meta_train
 import optim4rl
 import pipeline
 from experiments import arms, contents
-from harness import agents, plots, runs, statistics, tasks
+from harness import agents, plots, runs, statistics, tasks, weights
 from harness.plots import plt
 
 RESETS = pipeline.RESETS
@@ -44,15 +44,8 @@ GROUPS = {
     "nres_falling": dict(estimator="nres", meta_learning_rate=1e-2, meta_decay=0.0),
     "nres_constant": dict(estimator="nres", meta_learning_rate=1e-2, meta_decay=1.0),
     "gradient_constant": dict(estimator="gradient", meta_learning_rate=3e-3, meta_decay=1.0),
-    "gradient_constant_32": dict(
-        estimator="gradient",
-        meta_learning_rate=3e-3,
-        meta_decay=1.0,
-        inner_updates=32,
-        reset_interval=(8,),
-        meta_steps=63,
-    ),
 }
+GROUPS["gradient_constant_32"] = GROUPS["gradient_constant"] | dict(inner_updates=32, reset_interval=(8,))
 # Without resets one arm per estimator is enough.
 ARMS = tuple(
     f"{group}-{resets}"
@@ -67,7 +60,7 @@ ALPHAS = (1e-2, 2e-2, 3e-2, 5e-2, 1e-1, 2e-1, 4e-1, 8e-1, 1.6)  # among which ev
 class Config:
     arms: tuple[Literal[*ARMS], ...] = ARMS  # GROUP-RESETS
     seeds: tuple[int, ...] = tuple(range(200, 208))  # meta-seeds
-    meta_steps: int = 500  # of a meta-run
+    meta_steps: int = 500  # of a meta-run, of 4 updates each
     test_agents: int = 4  # reported agents of each meta-run
     test_steps: float = 3.2e5  # environment steps of an agent
     devices: int | None = None  # None: as many as share the units equally, on a CPU one per core
@@ -78,7 +71,8 @@ class Config:
 def meta_config(config, folder, arm, seed):
     """meta_train.Config of one meta-run."""
     group, _, resets = arm.rpartition("-")
-    changes = dict(tasks=("small_dense_short",), reward_scale=(1.0,), meta_steps=config.meta_steps) | GROUPS[group]
+    changes = dict(tasks=("small_dense_short",), reward_scale=(1.0,)) | GROUPS[group]
+    changes["meta_steps"] = -(-4 * config.meta_steps // changes.get("inner_updates", 4))  # as many updates in every arm
     # Without resets the noise of nres is drawn again after as many meta-steps as a life has elsewhere.
     interval = 63 if resets == "none" and changes["estimator"] == "nres" else 0
     changes |= dict(resets=resets, noise_interval=interval, seed=seed, devices=config.devices)
@@ -89,24 +83,16 @@ def run_all(config, folder, mesh):
     """{(arm or name of an optimizer that is not learned here, seed): (agents.Tuned, steps at AGES or None)}"""
     base, results = meta_train.Config(), {}
     task = tasks.make("small_dense_short", base.test_envs)
-
-    def test(label, optimizer, seed):
-        args = (folder, task, f"{label}-{seed}", optimizer, ALPHAS, config.test_agents, mesh)
-        results[label, seed] = arms.test(*args, config.test_steps, seed=seed), None
-
-    references = [
-        *map(agents.Optimizer, agents.HAND_DESIGNED),
-        agents.untrained("optim4rl", jax.random.key(0), "normalised"),
-    ]
+    untrained = agents.untrained("optim4rl", jax.random.key(0), "normalised")
+    references = {optimizer.name: optimizer for optimizer in (*map(agents.Optimizer, agents.HAND_DESIGNED), untrained)}
     pairs = list(itertools.product(config.seeds, [*references, *config.arms]))  # a seed is complete before the next
-    for seed, what in tqdm(pairs, unit="meta-run"):
-        if isinstance(what, agents.Optimizer):
-            test(what.name, what, seed)
-            continue
-        optimizer = arms.learned(meta_config(config, folder, what, seed), mesh)
-        test(what, optimizer, seed)
-        steps = plots.learned_step(optim4rl.optim4rl, optimizer.meta_params, np.ones(1), max(AGES))
-        results[what, seed] = results[what, seed][0], steps[:, 0]
+    for seed, label in tqdm(pairs, unit="meta-run"):
+        optimizer, steps = references.get(label), None
+        if optimizer is None:
+            optimizer = arms.learned(meta_config(config, folder, label, seed))
+            steps = plots.learned_step(optim4rl.optim4rl, optimizer.meta_params, np.ones(1), max(AGES))[:, 0]
+        args = (folder, task, f"{label}-{seed}", optimizer, ALPHAS, config.test_agents, mesh, config.test_steps)
+        results[label, seed] = arms.test(*args, seed=seed), steps
     return results
 
 
@@ -134,7 +120,7 @@ def scores_of(rows):
 def ratio(scores, group):
     """Staggered / synchronised resets, paired by meta-seed; empty where one was not run."""
     pair = [scores.get((group, resets), []) for resets in RESETS[:2]]
-    return contents.shown(np.divide(*pair)) if all(pair) else ""
+    return contents.interval(np.divide(*pair)) if all(pair) else ""
 
 
 def table(rows):
@@ -142,9 +128,9 @@ def table(rows):
     scores, lines = scores_of(rows), []
     for group in dict.fromkeys(group for group, _ in scores):
         if (group, "") in scores:
-            lines.append([f"{group}, not learned here", contents.shown(scores[group, ""]), "", "", ""])
+            lines.append([f"{group}, not learned here", contents.interval(scores[group, ""]), "", "", ""])
         else:
-            cells = [contents.shown(scores.get((group, resets), [])) for resets in RESETS]
+            cells = [contents.interval(scores.get((group, resets), [])) for resets in RESETS]
             lines.append([group, *cells, ratio(scores, group)])
     return contents.markdown("learned by | staggered | synchronised | none | staggered / synchronised", *lines)
 
@@ -174,8 +160,7 @@ def draw(path, made, results):
 def main(argv=None):
     config = runs.parse(Config, {}, __doc__, argv)
     runs.check_different(config, ("arms", "seeds"))
-    for seed in config.seeds:
-        runs.check_seed(seed)
+    runs.check_seed(*config.seeds)
     runs.check_positive(config, ("meta_steps", "test_agents", "test_steps"))
     mesh = runs.use_devices(config.devices, divides=meta_train.Config.num_units)
 
@@ -184,8 +169,7 @@ def main(argv=None):
         made = list(rows(results))
         runs.write_csv(folder / "results.csv", made[0], [row.values() for row in made])
         curves = {f"{label}-{seed}": np.float32(tuned.runs.returns) for (label, seed), (tuned, _) in results.items()}
-        with runs.whole_file(folder / "curves.npz", "wb") as file:
-            np.savez_compressed(file, **curves)
+        weights.write_arrays(folder / "curves.npz", curves, compressed=True)
         print(f"\nArea / that of tuned RMSProp\n{table(made)}\n{statistics.caption(len(config.seeds))}")
         print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_rl.png', made, results)}")
 
@@ -193,7 +177,7 @@ def main(argv=None):
 
 
 kept = lambda: contents.read_csv("pipeline_rl/results.csv")
-score = lambda group, resets: lambda: contents.shown(scores_of(kept())[group, resets])
+score = lambda group, resets: lambda: contents.interval(scores_of(kept())[group, resets])
 ratio_of = lambda group: lambda: ratio(scores_of(kept()), group)
 CONTENTS = {
     "pipeline_rl": lambda: table(kept()),

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import a2c
 import evolution
 import pipeline
-from experiments import arms, contents
+from experiments import contents
 from harness import plots, runs, statistics
 from harness.plots import plt
 
@@ -55,7 +55,6 @@ class Config:
     meta_steps: int = 378  # of a meta-run; 63 make a life
     seeds: int = 8  # meta-runs of each setting
     out: str | None = None  # folder of this run; None: a new one under runs/
-    resume: str | None = None  # folder of an interrupted run, which is made again with its config
 
 
 class Agent(NamedTuple):
@@ -164,8 +163,8 @@ def table(rows):
     for row in rows:
         setting = row["estimator"], row["resets"]
         scores.setdefault(setting, {}).setdefault(row["meta_learning_rate"], []).append(float(row["score"]))
-    shown = lambda x: contents.number(x) if x < 100 else "> 100"
-    of_rate = lambda values: statistics.shown(*statistics.interval(values), shown)
+    number = lambda x: contents.number(x) if x < 100 else "> 100"
+    of_rate = lambda values: statistics.shown(*statistics.interval(values), number)
     lines = [[*setting, *map(of_rate, rates.values())] for setting, rates in scores.items()]
     return contents.markdown(f"meta-gradient by | resets | {' | '.join(RATES)}", *lines)
 
@@ -189,19 +188,17 @@ def main(argv=None):
     runs.check_positive(config, ("num_units", "meta_steps", "seeds"))
     mesh = runs.use_devices(1)
 
-    def body(folder):
-        best_constant, hand_made, hand_made_loss = references()
-        learned, rows = run_all(config, mesh), []
-        score = jax.jit(jax.vmap(lambda theta: life_loss(partial(step_size, theta)) / best_constant))
-        for setting, thetas in learned.items():
-            for seed, value in enumerate(score(thetas)):
-                rows.append(dict(zip(COLUMNS, (*setting, seed, f"{value:.6g}"))))
-        runs.write_csv(folder / "results.csv", COLUMNS, [row.values() for row in rows])
-        print(f"\nMean loss over a life, in units of the best constant step's.\n{table(rows)}")
-        print(f"A step size made by hand: {hand_made_loss / best_constant:.2f}. {statistics.caption(config.seeds)}")
-        print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_toy.png', learned, hand_made)}")
-
-    arms.run("pipeline_toy", config, mesh, body)
+    folder = runs.new_folder(config.out, "pipeline_toy", config)
+    best_constant, hand_made, hand_made_loss = references()
+    learned, rows = run_all(config, mesh), []
+    score = jax.jit(jax.vmap(lambda theta: life_loss(partial(step_size, theta)) / best_constant))
+    for setting, thetas in learned.items():
+        for seed, value in enumerate(score(thetas)):
+            rows.append(dict(zip(COLUMNS, (*setting, seed, f"{value:.6g}"))))
+    runs.write_csv(folder / "results.csv", COLUMNS, [row.values() for row in rows])
+    print(f"\nMean loss over a life, in units of the best constant step's.\n{table(rows)}")
+    print(f"A step size made by hand: {hand_made_loss / best_constant:.2f}. {statistics.caption(config.seeds)}")
+    print(f"A seed is a meta-run here. Picture: {draw(folder / 'pipeline_toy.png', learned, hand_made)}")
 
 
 CONTENTS = {"pipeline_toy": lambda: table(contents.read_csv("pipeline_toy/results.csv"))}

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
 import optim4rl
+import pipeline
 from harness import statistics, stops, tasks
 from harness.kept import Store
 from learned_optimizers import gated_adam, l2lgd2, linear_optim, star, velo
@@ -156,8 +157,9 @@ def _compiled(task, rule, mesh, updates):
             optimizer, updates_key = make(meta_params, alpha), jax.random.fold_in(jax.random.split(key)[1], point)
             update = lambda a, k: task.learner.update(optimizer, a, k)
             agent, metrics = jax.lax.scan(update, agent, jax.random.split(updates_key, updates))
-            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(agent.params)]).all()
-            return agent, jnp.stack([metrics["episode_return_sum"].sum(), metrics["episodes"].sum(), finite])
+            return agent, jnp.stack(
+                [metrics["episode_return_sum"].sum(), metrics["episodes"].sum(), pipeline.all_finite(agent.params)]
+            )
 
         return each(live, (alphas, keys, agents))
 

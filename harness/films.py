@@ -27,7 +27,7 @@ PLANE, SPHERE, CAPSULE = 0, 2, 3  # MuJoCo's numbers
 EPISODE_LENGTH = 1000
 
 
-def film(name, params, obs_stats, key, title, backend="spring"):
+def film(name, params, obs_stats, key, title):
     """One episode of a robot that acts without noise.
 
     Args:
@@ -35,12 +35,11 @@ def film(name, params, obs_stats, key, title, backend="spring"):
         params, obs_stats: of its ppo agent, or from kept.load_policy.
         key: draws the first state.
         title: line of text above the picture.
-        backend: physics, as in brax_env.make.
     Returns:
         an HTML document.
     """
-    system = brax_env.load_robot(name, backend)
-    pos, rot, rewards = play(brax_env.make(name, EPISODE_LENGTH, backend=backend), params, obs_stats, key)
+    system = brax_env.load_robot(name)
+    pos, rot, rewards = play(brax_env.make(name, EPISODE_LENGTH), params, obs_stats, key)
     geoms = [i for i in range(system.sys.ngeom) if system.sys.geom_type[i] in (SPHERE, CAPSULE)]
     floors = [float(system.sys.geom_pos[i][2]) for i in range(system.sys.ngeom) if system.sys.geom_type[i] == PLANE]
     points = axis_points(system.sys, geoms, pos, rot)

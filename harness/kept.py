@@ -36,14 +36,13 @@ class Store(NamedTuple):
     seconds: float = SECONDS
 
 
-def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
+def kept_runs(folder, task, optimizer, key, seconds, phase):
     """The Store of one optimizer on one task in a run's folder.
 
     Args:
-        folder: pathlib.Path; runs/ and policies/ exist in it.
+        folder: pathlib.Path; it gets runs/ and, of robots, policies/.
         task, optimizer: tasks.Task; name.
         key: draws the first states of the deterministic episodes; the same for all runs.
-        metadata: anything JSON can hold, written into the policies' headers.
         seconds: between two saves of the agents under way.
         phase: "tuning", or "report": a robot then also plays its deterministic episodes, and its policy is kept.
     """
@@ -55,7 +54,7 @@ def kept_runs(folder, task, optimizer, key, metadata, seconds, phase):
         arrays = {"curves": curves}
         if phase == "report" and task.play:
             arrays["deterministic"] = np.asarray(task.play(agent, key, tasks.EVALUATION_EPISODES))
-            header = metadata | {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
+            header = {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
             tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
             weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)
         # The record comes last: where it is, everything of its run is.

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import itertools
 import math
-import os
 import time
 
 import jax
@@ -27,8 +26,7 @@ class Log:
         self.start = time.time() - float(self.rows[-1]["seconds"] if self.rows else 0)
         if runs.is_first_process():
             runs.write_csv(path, names, [row.values() for row in self.rows])
-        self.file = open(path if runs.is_first_process() else os.devnull, "a")  # closed with the process
-        self.writer = csv.DictWriter(self.file, names, lineterminator="\n")
+        self.path, self.names = path, names
 
     def add(self, step, metrics):
         """metrics: those of pipeline.meta_step. Raises OSError where the disk is full."""
@@ -47,9 +45,10 @@ class Log:
                 row[f"{task}/diverged"] = int(values["diverged"])
                 row[f"{task}/skipped"] = int(values["skipped"])
             self.rows.append(row)
-            self.writer.writerow(row)
+            if runs.is_first_process():
+                with open(self.path, "a") as file:
+                    csv.DictWriter(file, self.names, lineterminator="\n").writerow(row)
         self.waiting = []
-        self.file.flush()
 
     def recent(self):
         """Means over the last meta-steps, and how often a task was left out in them: for the progress line."""

@@ -98,10 +98,11 @@ def check_different(config, names):
             raise UsageError(f"{flag_of(name)} is {given}; name at least one, each once")
 
 
-def check_seed(seed):
+def check_seed(*seeds):
     """Raises UsageError for a seed that would alias another one: JAX takes 32 bits of it."""
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"--seed is {seed}; it must be 0 to 4294967295")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"--seed is {seed}; it must be 0 to 4294967295")
 
 
 def flag_of(name):
@@ -186,6 +187,8 @@ def use_devices(wanted, divides=None):
     if wanted is not None and wanted > local:
         raise UsageError(f"--devices is {wanted}, but there are {local}")
     count = wanted or (local if divides is None else math.gcd(divides // processes, local))
+    if divides is not None and divides % (processes * count):
+        raise UsageError(f"{processes * count} devices cannot share {divides} units equally; change --devices")
     of_process = lambda i: [device for device in jax.devices() if device.process_index == i][:count]
     return jax.sharding.Mesh([device for i in range(processes) for device in of_process(i)], ("units",))
 
@@ -258,11 +261,15 @@ def only_one(folder):
 
 @contextlib.contextmanager
 def whole_file(path, mode):
-    """Within it, a file to write; it takes the place of what was at the path only when it is complete."""
-    partial = f"{path}.partial"
-    with open(partial, mode) as file:
-        yield file
-    os.replace(partial, path)
+    """Within it, a file to write, its folder made; it takes the place of what was at the path only when it is complete."""
+    partial = pathlib.Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, mode) as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path, content):

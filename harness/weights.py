@@ -18,10 +18,10 @@ from harness import runs
 FORMAT_VERSION = 1
 
 
-def write_arrays(path, arrays):
+def write_arrays(path, arrays, compressed=False):
     """Writes {name: array} as an .npz file, which takes the place of what was at the path only when it is complete."""
     with runs.whole_file(path, "wb") as file:
-        np.savez(file, **arrays)
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def read_arrays(path):

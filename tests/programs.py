@@ -32,7 +32,10 @@ def start_on_full_disk(program, flags, size):
 def finish(program, flags):
     """(exit status, what it printed, its errors)"""
     process = start(program, flags)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()  # nothing, where it has ended
     return process.returncode, out, err
 
 

@@ -62,7 +62,7 @@ def test_agents_under_way_continue_where_they_were_kept(mesh, tmp_path, change):
 
     def train(alphas, stop_after=None):
         (tmp_path / "runs").mkdir(exist_ok=True)
-        store = kept.kept_runs(tmp_path, task, "adam", None, {}, 0.0, "report")  # kept at every point
+        store = kept.kept_runs(tmp_path, task, "adam", None, 0.0, "report")  # kept at every point
 
         def keep(which, state):
             store.keep(which, state)

@@ -58,7 +58,7 @@ def test_the_best_setting_on_tuning_seeds_is_tested_and_only_that_one_is_tuned(t
 def test_meta_runs_have_the_settings_of_the_reference_and_a_lost_one_does_not_count(tmp_path, monkeypatch):
     made = []
 
-    def learned(config, mesh):
+    def learned(config):
         made.append(config)
         if config.meta_learning_rate == 3e-4:
             raise SystemExit("its meta-gradient was not finite")
@@ -66,7 +66,7 @@ def test_meta_runs_have_the_settings_of_the_reference_and_a_lost_one_does_not_co
 
     monkeypatch.setattr(arms, "learned", learned)
     sweep = full_size.settings_of((1e-4, 3e-4), (32, 64))
-    found = full_size.candidates("catch", "star", sweep, full_size.Config(), tmp_path, None)
+    found = full_size.candidates("catch", "star", sweep, full_size.Config(), tmp_path)
     assert list(found) == ["star-0", "star-1", "star-2", "star-3"] and len(made) == 8
     assert {(x.meta_learning_rate, x.reset_interval, x.meta_grad_clip, x.clip_entries) for x in made} == {
         (rate, (m,), clip, entries)

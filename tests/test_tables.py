@@ -76,7 +76,7 @@ def test_three_seeds_show_their_range_or_no_interval():
 
 @pytest.mark.parametrize("variants", [True, False])
 def test_meta_seeds_test_every_optimizer_on_every_task(monkeypatch, tmp_path, variants):
-    monkeypatch.setattr(arms, "learned", lambda config, mesh: agents.Optimizer("optim4rl"))
+    monkeypatch.setattr(arms, "learned", lambda config: agents.Optimizer("optim4rl"))
     monkeypatch.setattr(arms, "test", lambda folder, task, label, *args: label)
     results = meta_seeds.run_all(meta_seeds.Config(seeds=(1, 2), variants=variants), tmp_path, None)
     labels = {"sign_descent", "adam", "rmsprop", "untrained_optim4rl", "meta-seed 1", "meta-seed 2"}
