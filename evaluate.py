@@ -120,6 +120,8 @@ def load_optimizer(name, file):
         if name == "velo" and pathlib.Path(file).suffix != ".npz":  # the published weights
             return agents.Optimizer(name, velo.load(file)[0])
         meta_params, metadata = weights.load(file, name, agents.LEARNED[name].init(jax.random.key(0)))
+        if (inputs := metadata.get("inputs", "raw")) not in agents.INPUTS:
+            raise ValueError(f"{file} was learned with inputs {inputs!r}; known: {', '.join(agents.INPUTS)}")
     except FileNotFoundError:
         missing = f"no weight file {file}" if file else f"{name} needs weights"
         remedy = f"python meta_train.py --optimizer {name} makes a file, --weights {name}=FILE takes it"
@@ -127,7 +129,7 @@ def load_optimizer(name, file):
         raise runs.UsageError(f"{missing}: {remedy}{more}") from None
     except ValueError as error:
         raise runs.UsageError(error) from None
-    return agents.Optimizer(name, meta_params, metadata.get("inputs", "raw"))
+    return agents.Optimizer(name, meta_params, inputs)
 
 
 def fixed_rates(config):

@@ -244,10 +244,15 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_again(whole_run, tm
 
 
 def test_weights_of_another_kind_or_size_are_refused(tmp_path):
-    other, large = tmp_path / "other.npz", tmp_path / "large.npz"
+    other, large, unknown = (tmp_path / f"{name}.npz" for name in ("other", "large", "unknown"))
+    weights.save(unknown, optim4rl.init_meta_params(jax.random.key(0)), {"inputs": "squared"})
     weights.save(other, optim4rl.init_meta_params(jax.random.key(0)), kind="star")
     weights.save(large, optim4rl.init_meta_params(jax.random.key(0), hidden_size=16))
-    for path, message in ((other, "'star'"), (large, "expected")):
+    for path, message in (
+        (other, "'star'"),
+        (large, "expected"),
+        (unknown, "inputs 'squared'; known: normalised, raw"),
+    ):
         with pytest.raises(runs.UsageError, match=message):
             evaluate.check(evaluate.Config(optimizers=("optim4rl",), weights=(str(path),)))
 
