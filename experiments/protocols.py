@@ -6,7 +6,8 @@ The paper's columns are from the configs of its reference implementation.
 import json
 
 from experiments import full_size
-from experiments.contents import RESULTS, cell, markdown
+from experiments.contents import RESULTS, cell, markdown, score
+from harness import tasks
 
 IN_TRAINING, TEN, TWENTY = "training episodes", "128 episodes without noise, 10 times", "the same, 20 times"
 # panel -> the reference's (steps of an agent, agents, how its alpha is chosen, what its returns are of)
@@ -34,18 +35,31 @@ def panels(results=RESULTS / "full_size"):
     return rows
 
 
-def outcome(panel, results=RESULTS / "full_size"):
-    """What the finished pieces of a panel say, a row per optimizer and kind of alpha."""
+def finished(panel, results=RESULTS / "full_size"):
+    """(kind of alpha, row) of what the finished pieces of a panel wrote."""
+    paths = [results / piece.folder / f"{piece.name}.json" for piece in full_size.pieces() if piece.panel == panel]
+    return [item for path in paths if path.exists() for item in json.loads(path.read_text()).items()]
+
+
+def outcome(panel):
+    """What the finished pieces of a panel say, a row per task, optimizer and kind of alpha."""
     rows = []
-    for piece in full_size.pieces():
-        path = results / piece.folder / f"{piece.name}.json"
-        for kind, row in json.loads(path.read_text()).items() if piece.panel == panel and path.exists() else ():
-            alpha = f"{row['alpha']:g}{', tuned' * (kind == 'tuned')}"
-            rows.append([row["task"], row["optimizer"], alpha, cell(row, "area"), cell(row, "final")])
+    for kind, row in sorted(finished(panel), key=lambda item: item[1]["task"]):
+        alpha = f"{row['alpha']:g}{', tuned' * (kind == 'tuned')}"
+        rows.append([row["task"], row["optimizer"], alpha, cell(row, "area"), cell(row, "final")])
     return markdown("task | optimizer | alpha | return, whole run | return, last fifth", *rows)
+
+
+def small_worlds(optimizer):
+    """The score of an optimizer on the paper's two small worlds at its whole length."""
+    rows = {(row["task"], row["optimizer"]): row for _, row in finished("six worlds")}
+    return score(rows, [name for name in tasks.PAPER_WORLDS if name.startswith("small")], optimizer)
 
 
 CONTENTS = {
     "panels": lambda: markdown("panel | steps | agents | alpha | returns | run here", *panels()),
     "full_size_catch": lambda: outcome("Figure 3, catch"),
+    "full_size_worlds": lambda: outcome("six worlds"),
+    "full_size_small": lambda: small_worlds("optim4rl"),
+    "full_size_small_gated": lambda: small_worlds("gated_adam"),
 }

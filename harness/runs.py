@@ -117,6 +117,9 @@ def run(main):
     except UsageError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # what reads our output has ended, for example head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
