@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from programs import finish
+from programs import finish, start
 
 from experiments import arms, full_size
 from harness import agents, runs, tasks
@@ -112,3 +112,9 @@ def test_a_piece_is_not_continued_at_another_scale(tmp_path):
     runs.new_folder(tmp_path / "catch_adam", "catch_adam", full_size.Config(scale=0.1))
     with pytest.raises(runs.UsageError, match="was run with --scale 0.1"):
         full_size.main(["--only", "catch_adam", "--results", str(tmp_path)])
+
+
+def test_a_program_whose_reader_has_ended_says_nothing():
+    process = start("experiments.full_size", "--plan", PYTHONUNBUFFERED="1")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
