@@ -27,6 +27,7 @@ import jax
 from harness import agents, films, kept, plots, runs, statistics, stops, tasks, weights
 from learned_optimizers import velo
 
+COMPARED = ("optim4rl", "untrained_optim4rl", *agents.HAND_DESIGNED)
 WEIGHTS = pathlib.Path(__file__).parent / "weights"  # NAME.npz
 TaskName, PPOSettings = Literal[*tasks.NAMES], Literal[*tasks.PPO_SETTINGS]
 
@@ -36,8 +37,7 @@ PRESETS = {
     # One alpha for Optim4RL; RMSProp with a falling step, the best setting on small worlds, is tuned on each
     "gridworlds": dict(tasks=tasks.PAPER_WORLDS, seeds=6, steps=5e6, learning_rate=(1e-2, 2e-2, 5e-2))
     | dict(optimizers=("optim4rl", "rmsprop_0.9_corrected_falling"), fixed=("optim4rl=0.02",)),
-    "transfer": dict(tasks=tuple(tasks.PAPER_PPO), seeds=10, learning_rate=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
-    | dict(optimizers=("optim4rl", "untrained_optim4rl", *agents.HAND_DESIGNED)),
+    "transfer": dict(tasks=tuple(tasks.PAPER_PPO), seeds=10, learning_rate=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "paper": dict(tasks=tuple(tasks.PAPER_PPO), learning_rate=(3e-5, 1e-4, 3e-4, 1e-3), seeds=10, ppo="paper"),
 }
 
@@ -46,7 +46,7 @@ PRESETS = {
 class Config:
     preset: Literal[*PRESETS] = "quick"  # other defaults for all other flags
     tasks: tuple[TaskName, ...] = ("inverted_double_pendulum",)  # worlds and robots
-    optimizers: tuple[Literal[*agents.NAMES], ...] = ("optim4rl", *agents.HAND_DESIGNED)  # what trains the agents
+    optimizers: tuple[Literal[*agents.NAMES], ...] = COMPARED  # what trains the agents
     weights: tuple[str, ...] = ()  # FILE of optim4rl, or NAME=FILE; empty: weights/NAME.npz
     learning_rate: tuple[float, ...] = ()  # alpha; several: each optimizer's best; empty: the task's grid
     fixed: tuple[str, ...] = ()  # NAME=ALPHA: optimizers that keep one learning rate on all tasks

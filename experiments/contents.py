@@ -19,6 +19,7 @@ BASELINES = statistics.BASELINES
 HAND = ("sign_descent", *BASELINES)
 FALLING = "rmsprop_0.9_corrected_falling"  # the best of the hand-designed settings on small worlds
 START = "rmsprop_0.99_corrected"  # what Optim4RL with normalised inputs starts as
+COMPARED = ("optim4rl", "untrained_optim4rl", *HAND)
 GATED = ("gated_adam", "untrained_gated_adam", *HAND)
 BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long")
 WORLDS = ("small_dense_short", "small_dense_long", *BIG, "small_sparse_short", "small_sparse_long", "catch")
@@ -240,7 +241,12 @@ CONTENTS = {
     "earlier_ratio_rmsprop": lambda: mean_ratio(kept_rows("meta_train_raw"), TESTED, "rmsprop", HAND[:1]),
     "truncation": truncation,
     "robot_default": lambda: per_pair(kept_rows("double_pendulum"), {"return without noise": "deterministic"}),
-    "robots": lambda: per_pair(kept_rows("transfer")),
+    "robots": lambda: per_task(kept_rows("transfer"), ROBOTS, COMPARED),
+    "robots_end": lambda: per_task(kept_rows("transfer"), ROBOTS, COMPARED, "deterministic"),
+    "robots_score": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl"),
+    "robots_start": lambda: score(kept_rows("transfer"), ROBOTS, "untrained_optim4rl"),
+    "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),
+    "robots_over_start": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl", baselines=COMPARED[1:2]),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(kept_rows("figure3/small_dense_long", "figure3/big_dense_long")),
     "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, START, *HAND)),

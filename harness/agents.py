@@ -138,7 +138,8 @@ class Tuned(NamedTuple):
     deterministic: np.ndarray | None = None  # [R] of a robot, in episodes without noise at the end of each run
 
 
-@functools.cache
+# Few at a time: on a robot the programs of one optimizer take 2,500 memory maps, of which Linux gives a process 65,530.
+@functools.lru_cache(maxsize=4)
 def _compiled(task, rule, mesh, updates):
     """Jitted (init, advance, evaluate) of many runs of one optimizer, sharded over the mesh; advance makes `updates` inner updates."""
 

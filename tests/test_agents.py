@@ -1,6 +1,8 @@
 """Fresh agents: their curves, how they are tuned, and what is kept of them."""
 
+import gc
 import signal
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,14 @@ def test_what_the_store_holds_is_not_run_again_and_another_shape_is(mesh):
     result = agents.train(task, agents.Optimizer("adam"), [1e-3] * 3, keys, mesh, steps=800, store=store)
     assert saved == [1, 2] and result.returns.shape == (3, 10)
     np.testing.assert_array_equal(result.returns[0], 1.0)
+
+
+def test_programs_of_earlier_optimizers_are_let_go(mesh):
+    """Else a process that tests many optimizers on robots runs out of memory maps."""
+    task, names = tasks.make("catch", 4), ("adam", "rmsprop", "sign_descent", "adam_0.9_corrected", "rmsprop_0.9")
+    programs = [weakref.ref(agents._compiled(task, agents.make_rule(name), mesh, 1)[1]) for name in names]
+    gc.collect()
+    assert programs[0]() is None and programs[-1]() is not None
 
 
 @pytest.mark.parametrize("change", ["nothing", "other runs", "damaged"])
