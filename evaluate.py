@@ -2,7 +2,7 @@
 
     python evaluate.py                                                  # the paper's double pendulum in small: 3 minutes on 2 CPU cores
     python evaluate.py --tasks catch big_dense_long --learning-rate 1e-3 3e-3 1e-2 --seeds 10
-    python evaluate.py --preset transfer                                # the paper's four robots in small, about 50 minutes on one core
+    python evaluate.py --preset transfer                                # the paper's four robots, small settings: 40 minutes of 2 CPU cores
     python evaluate.py --preset gridworlds                              # the paper's six worlds at its size, an hour of 2 CPU cores
     python evaluate.py --preset paper --tasks ant                       # the paper's protocol: an accelerator, hours
     python evaluate.py --resume runs/evaluate-...                       # continues after an interruption; no finished run is run again

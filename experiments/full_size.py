@@ -27,7 +27,7 @@ from harness import agents, runs, statistics, stops, tasks, weights
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the reference's for Adam and RMSProp on gridworlds
 WEIGHTS = {  # of the learned optimizers that were learned already: (whose, file)
     "optim4rl": ("optim4rl", evaluate.WEIGHTS / "optim4rl.npz"),
-    "optim4rl_raw": ("optim4rl", runs.ROOT / "results/meta_train_raw/optimizer.npz"),
+    "optim4rl_raw": ("optim4rl", runs.ROOT / "results/meta_seeds_raw/meta_runs/100/optimizer.npz"),
     "gated_adam": ("gated_adam", evaluate.WEIGHTS / "gated_adam.npz"),
 }
 FIGURE4 = ("optim4rl", "gated_adam", "adam", "rmsprop", "sign_descent")

@@ -184,10 +184,12 @@ def contents_of(folder):
     """{name: function} of what this program wrote into a folder of results/."""
     kept = lambda function: lambda: function(contents.read_json(f"{folder}/summary.json"))
     found = dict(score=kept(lambda x: over(x, "all tasks")), above=kept(above), best_variant=kept(best_variant))
+    found["sign"] = kept(lambda x: contents.number(over_tasks(x, "sign_descent")))
     return found | dict(table=kept(table), unseen=lambda: unseen(folder), single=lambda: single(folder))
 
 
 CONTENTS = {f"default_{name}": content for name, content in contents_of("meta_seeds").items()}
+CONTENTS |= {f"raw_{name}": contents_of("meta_seeds_raw")[name] for name in ("score", "above")}
 
 
 def main(argv=None):

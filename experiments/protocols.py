@@ -51,9 +51,11 @@ def outcome(panel):
 
 
 def small_worlds(optimizer):
-    """The score of an optimizer on the paper's two small worlds at its whole length."""
+    """The score of an optimizer on the paper's two small worlds at its whole length, in units of RMSProp's area."""
     rows = {(row["task"], row["optimizer"]): row for _, row in finished("six worlds")}
-    return score(rows, [name for name in tasks.PAPER_WORLDS if name.startswith("small")], optimizer)
+    return score(
+        rows, [name for name in tasks.PAPER_WORLDS if name.startswith("small")], optimizer, baselines=("rmsprop",)
+    )
 
 
 CONTENTS = {
