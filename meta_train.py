@@ -3,7 +3,7 @@
     python meta_train.py                                    # two small worlds: 4 minutes on 2 CPU cores
     python meta_train.py --preset raw                       # the same for the paper's inputs, raw gradients
     python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
-    python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 6 hours of 2 CPU cores
+    python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 4 hours of 2 CPU cores
     python meta_train.py --preset pendulum                  # a robot, learned by PPO: 6 minutes
     python meta_train.py --preset gated_adam                # the weights of learned_optimizers/gated_adam.py: 87 minutes
     python meta_train.py --resume runs/meta_train-...       # continues a run that was stopped

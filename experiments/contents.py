@@ -221,6 +221,18 @@ def brax_ppo():
     return markdown("robot | steps | seeds | trainer | last evaluation | mean of all | steps/s", *lines)
 
 
+def meta_speed():
+    rows, three_digits = {}, lambda x: f"{x:.3g}"
+    for row in read_json("speed/meta.json")["rows"]:
+        name, _, kind = row["name"].partition(": ")
+        rows.setdefault(name, {})[kind] = three_digits(row["value"])
+    lines = [
+        [name, *(kinds.get(kind, "") for kind in ("", "first meta-step", "peak memory"))]
+        for name, kinds in rows.items()
+    ]
+    return markdown("units | s per meta-step | s to the first one | peak GiB", *lines)
+
+
 def optimizer_speed():
     rows = {}
     for row in read_json("speed/optimizers.json")["rows"]:
@@ -262,5 +274,6 @@ CONTENTS = {
     "gated_six": lambda: score(beside_gated_adam(), WORLDS[:6], "gated_adam"),
     "gated_four_robots": lambda: score(beside_gated_adam(), ROBOTS, "gated_adam"),
     "brax_ppo": brax_ppo,
+    "meta_speed": meta_speed,
     "optimizer_speed": optimizer_speed,
 }
