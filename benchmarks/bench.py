@@ -31,7 +31,7 @@ import meta_train
 import pipeline
 from harness import agents, runs, tasks
 
-GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "meta", "robots")
+GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "sizes", "meta", "robots")
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ def learners(group, repeats):
             )
 
 
-def optimizers(repeats, num_scalars=2**20, updates=4):
-    """Milliseconds for the update of a million scalars: forward alone, and in the meta-gradient through 4 updates."""
+def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=2**20, updates=4):
+    """Milliseconds per 2^20 scalars and update: forward alone, and in the meta-gradient through 4 updates."""
     grads = jax.random.normal(jax.random.key(0), (updates, num_scalars))
     zeros = jnp.zeros(num_scalars)
     per_million = 1e3 * 2**20 / num_scalars / updates
-    for name in ("adam", "rmsprop", *agents.LEARNED):
+    for name in names:
         learned = agents.LEARNED.get(name)
         meta_params = learned.init(jax.random.key(1)) if learned else jnp.zeros(())
 
@@ -132,6 +132,13 @@ def optimizers(repeats, num_scalars=2**20, updates=4):
             run = partial(jax.jit(function), meta_params, grads)
             seconds, compile_s = measure(lambda _, run=run: run(), None, repeats)
             yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
+
+
+def sizes(repeats):
+    """How Optim4RL's time grows with the size of an agent."""
+    for num_scalars in (10**3, 10**4, 10**5, 10**6, 10**7):
+        for record in optimizers(repeats, ("optim4rl",), num_scalars):
+            yield record | {"group": "sizes", "num_scalars": num_scalars}
 
 
 def meta_step_worker(repeats, names, num_units, devices, estimator, ppo="small"):
@@ -201,6 +208,7 @@ def main(argv=None):
         "a2c": lambda: learners("a2c", config.repeats),
         "ppo": lambda: learners("ppo", config.repeats),
         "optimizer": lambda: optimizers(config.repeats),
+        "sizes": lambda: sizes(config.repeats),
         "meta": lambda: meta_steps(meta_cases(config.units), config.repeats),
         "robots": lambda: meta_steps(robot_cases(), repeats=1),  # the paper's settings take minutes on a CPU
     }

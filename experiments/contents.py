@@ -233,6 +233,15 @@ def meta_speed():
     return markdown("units | s per meta-step | s to the first one | peak GiB", *lines)
 
 
+def optimizer_sizes():
+    cells = {}
+    for row in read_json("speed/sizes.json")["rows"]:
+        cells.setdefault(f"{row['num_scalars']:,}", []).append(f"{row['value']:.3g}")
+    return markdown(
+        "scalars | update, ms per 2^20 | in a meta-gradient, ms per 2^20", *([n, *ms] for n, ms in cells.items())
+    )
+
+
 def optimizer_speed():
     rows = {}
     for row in read_json("speed/optimizers.json")["rows"]:
@@ -276,4 +285,5 @@ CONTENTS = {
     "brax_ppo": brax_ppo,
     "meta_speed": meta_speed,
     "optimizer_speed": optimizer_speed,
+    "optimizer_sizes": optimizer_sizes,
 }
