@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import jax
+
 import evaluate
 import meta_train
 from experiments import arms, drift
@@ -125,6 +127,21 @@ def test(name, label, alphas, seeds, settings, config, folder, mesh):
     return results
 
 
+def precision(config, folder, mesh):
+    """Optim4RL on a small world with matrix products as the device makes them, on a GPU in TF32, and in float32.
+
+    Both should be level, and level with a CPU's small_dense_short_optim4rl.
+    """
+    name, results = "small_dense_short", {}
+    optimizer = candidates(name, "optim4rl", (), config, folder)["optim4rl"]
+    for kind in ("default", "float32"):
+        with jax.default_matmul_precision(kind):
+            steps = config.scale * paper_steps(name)
+            tuned = arms.test(folder, tasks.make(name), f"optim4rl-{kind}", optimizer, (0.03,), 10, mesh, steps)
+        results[kind] = statistics.summarize(name, "optim4rl", tuned), tuned
+    return results
+
+
 # --- The pieces
 
 
@@ -169,6 +186,7 @@ def pieces():
     for label in ("adam", "rmsprop", "sign_descent", *learned):
         both, settings = {"fixed": (1e-3,)} | tuned, sweep if label in learned else ()
         yield piece("Figure 3, catch", "catch", label, both, settings=settings, on_cpu=True)
+    yield Piece("precision", "TF32 and float32", "precision", precision, (4, 0.2), False)
     for label, world in itertools.product(("adam", "rmsprop", *WEIGHTS, "sign_descent", *FAIR), tasks.PAPER_WORLDS):
         on_cpu = world.startswith("small") and label in ("adam", "rmsprop", "optim4rl", "gated_adam")
         yield piece("six worlds", world, label, tuned, on_cpu=on_cpu)

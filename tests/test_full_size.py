@@ -114,6 +114,12 @@ def test_a_piece_is_not_continued_at_another_scale(tmp_path):
         full_size.main(["--only", "catch_adam", "--results", str(tmp_path)])
 
 
+def test_a_cpu_multiplies_in_float32(tmp_path):
+    full_size.main(f"--only precision {SHORT} --results {tmp_path}".split())
+    rows = json.loads((tmp_path / "precision/precision.json").read_text())
+    assert rows["default"] == rows["float32"] and rows["default"]["steps"] > 1e5
+
+
 def test_a_program_whose_reader_has_ended_says_nothing():
     process = start("experiments.full_size", "--plan", PYTHONUNBUFFERED="1")
     process.stdout.close()
