@@ -51,8 +51,8 @@ def kept_rows(*folders):
         curves = read_csv(f"{folder}/curves.csv") if (RESULTS / folder / "curves.csv").exists() else []
         for pair, points in itertools.groupby(curves, pair_of):
             returns = np.reshape([float(point["episode_return"]) for point in points], (rows[pair]["seeds"], -1))
-            curves = agents.Runs(None, returns)
-            rows[pair] |= {"area_runs": curves.area(), "final_runs": curves.final()}
+            result = agents.Runs(None, returns)
+            rows[pair] |= {"area_runs": result.area(), "final_runs": result.final()}
     return rows
 
 
@@ -222,10 +222,10 @@ def brax_ppo():
 
 
 def meta_speed():
-    rows, three_digits = {}, lambda x: f"{x:.3g}"
+    rows = {}
     for row in read_json("speed/meta.json")["rows"]:
         name, _, kind = row["name"].partition(": ")
-        rows.setdefault(name, {})[kind] = three_digits(row["value"])
+        rows.setdefault(name, {})[kind] = f"{row['value']:.3g}"
     lines = [
         [name, *(kinds.get(kind, "") for kind in ("", "first meta-step", "peak memory"))]
         for name, kinds in rows.items()

@@ -142,9 +142,9 @@ def load_mnist(path):
 
 def collect(config, folder):
     """A figure's data: counts [S, 3, B] of histograms.npz. Each finished life is kept on the way."""
-    step, init = (a2c_step if config.figure == "figure1" else supervised_step)(config)
     if (folder / "histograms.npz").exists():
         return weights.read_arrays(folder / "histograms.npz")["counts"]
+    step, init = (a2c_step if config.figure == "figure1" else supervised_step)(config)
     lives = [folder / f"life_{i}.npy" for i in range(config.seeds)]
     for life, key in zip(lives, jax.random.split(jax.random.key(config.seed), config.seeds)):
         if not life.exists():

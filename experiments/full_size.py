@@ -133,11 +133,14 @@ def precision(config, folder, mesh):
     Both should be level, and level with a CPU's small_dense_short_optim4rl.
     """
     name, results = "small_dense_short", {}
-    optimizer = candidates(name, "optim4rl", (), config, folder)["optim4rl"]
+    task, steps, optimizer = (
+        tasks.make(name),
+        config.scale * paper_steps(name),
+        evaluate.load_optimizer(*WEIGHTS["optim4rl"]),
+    )
     for kind in ("default", "float32"):
         with jax.default_matmul_precision(kind):
-            steps = config.scale * paper_steps(name)
-            tuned = arms.test(folder, tasks.make(name), f"optim4rl-{kind}", optimizer, (0.03,), 10, mesh, steps)
+            tuned = arms.test(folder, task, f"optim4rl-{kind}", optimizer, (0.03,), 10, mesh, steps)
         results[kind] = statistics.summarize(name, "optim4rl", tuned), tuned
     return results
 

@@ -24,13 +24,12 @@ from harness import agents, plots, runs, statistics, tasks, weights
 from harness.plots import plt
 
 GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizers: quarter decades
+Preset = Literal["quick", "raw", "gradient", "gated_adam"]  # those that learn from worlds, whose alphas GRID has
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["quick", "raw", "gradient", "gated_adam"] = (
-        "quick"  # of meta_train.py; those that learn from worlds
-    )
+    preset: Preset = "quick"  # of meta_train.py
     seeds: tuple[int, ...] = tuple(range(100, 110))  # meta-seeds; the default was chosen on others
     variants: bool = True  # also Adam and RMSProp with other memories, bias correction and a falling step
     tuning_seeds: int = 5  # seeds on which the hand-designed optimizers are tuned
@@ -49,6 +48,7 @@ def run_all(config, folder, mesh):
     """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, and "meta-seed S" of each meta-run."""
     base, results = meta_config(config, folder, 0), {}
     all_tasks = [tasks.make(name, base.test_envs) for name in base.test_tasks]
+    rates = base.test_learning_rates or GRID
 
     def test(label, optimizer, rates, tuning_seeds):
         for task in all_tasks:
@@ -61,10 +61,10 @@ def run_all(config, folder, mesh):
             bar.set_description(name)
             test(name, agents.Optimizer(name), GRID, config.tuning_seeds)
     untrained = agents.untrained(base.optimizer, jax.random.key(0), base.inputs)
-    test(untrained.name, untrained, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
+    test(untrained.name, untrained, rates, agents.TUNING_SEEDS)
     for seed in config.seeds:
         optimizer = arms.learned(meta_config(config, folder, seed))
-        test(f"meta-seed {seed}", optimizer, base.test_learning_rates or GRID, agents.TUNING_SEEDS)
+        test(f"meta-seed {seed}", optimizer, rates, agents.TUNING_SEEDS)
     return results
 
 

@@ -158,9 +158,8 @@ def _compiled(task, rule, mesh, updates):
             optimizer, updates_key = make(meta_params, alpha), jax.random.fold_in(jax.random.split(key)[1], point)
             update = lambda a, k: task.learner.update(optimizer, a, k)
             agent, metrics = jax.lax.scan(update, agent, jax.random.split(updates_key, updates))
-            return agent, jnp.stack(
-                [metrics["episode_return_sum"].sum(), metrics["episodes"].sum(), pipeline.all_finite(agent.params)]
-            )
+            finite = pipeline.all_finite(agent.params)
+            return agent, jnp.stack([metrics["episode_return_sum"].sum(), metrics["episodes"].sum(), finite])
 
         return each(live, (alphas, keys, agents))
 

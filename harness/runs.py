@@ -22,6 +22,8 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+import pipeline
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -190,8 +192,11 @@ def use_devices(wanted, divides=None):
     if wanted is not None and wanted > local:
         raise UsageError(f"--devices is {wanted}, but there are {local}")
     count = wanted or (local if divides is None else math.gcd(divides // processes, local))
-    if divides is not None and divides % (processes * count):
-        raise UsageError(f"{processes * count} devices cannot share {divides} units equally; change --devices")
+    if divides is not None:
+        try:
+            pipeline.check(pipeline.Config(num_units=divides), processes * count)
+        except ValueError as error:
+            raise UsageError(f"{error}; or change --devices") from None
     of_process = lambda i: [device for device in jax.devices() if device.process_index == i][:count]
     return jax.sharding.Mesh([device for i in range(processes) for device in of_process(i)], ("units",))
 

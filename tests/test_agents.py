@@ -71,7 +71,6 @@ def test_agents_under_way_continue_where_they_were_kept(mesh, tmp_path, change):
     task, keys, points = tasks.make("catch", 4), jax.random.split(jax.random.key(0), 3), []
 
     def train(alphas, stop_after=None):
-        (tmp_path / "runs").mkdir(exist_ok=True)
         store = kept.kept_runs(tmp_path, task, "adam", None, 0.0, "report")  # kept at every point
 
         def keep(which, state):
