@@ -133,11 +133,8 @@ def precision(config, folder, mesh):
     Both should be level, and level with a CPU's small_dense_short_optim4rl.
     """
     name, results = "small_dense_short", {}
-    task, steps, optimizer = (
-        tasks.make(name),
-        config.scale * paper_steps(name),
-        evaluate.load_optimizer(*WEIGHTS["optim4rl"]),
-    )
+    task, steps = tasks.make(name), config.scale * paper_steps(name)
+    optimizer = evaluate.load_optimizer(*WEIGHTS["optim4rl"])
     for kind in ("default", "float32"):
         with jax.default_matmul_precision(kind):
             tuned = arms.test(folder, task, f"optim4rl-{kind}", optimizer, (0.03,), 10, mesh, steps)
