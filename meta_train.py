@@ -5,7 +5,7 @@
     python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
     python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 4 hours of 2 CPU cores
     python meta_train.py --preset pendulum                  # a robot, learned by PPO: 6 minutes
-    python meta_train.py --preset gated_adam                # the weights of learned_optimizers/gated_adam.py: 87 minutes
+    python meta_train.py --preset gated_adam                # the weights of learned_optimizers/gated_adam.py: 3 minutes
     python meta_train.py --resume runs/meta_train-...       # continues a run that was stopped
 
 A run's folder receives config.json, metrics.csv (one row per meta-step), optimizer.npz (the learned weights, for evaluate.py),
@@ -19,7 +19,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from tqdm import tqdm
 
@@ -42,9 +41,7 @@ PRESETS = {
     "paper": GRADIENT
     | dict(tasks=tasks.PAPER_WORLDS, num_units=512, meta_steps=585, reset_interval=(288,))
     | dict(test_tasks=tasks.WORLDS, test_steps=5e6, test_envs=512),
-    "gated_adam": dict(optimizer="gated_adam", alpha=(0.03,), keep=0.5, test_learning_rates=())
-    | dict(tasks=("small_dense_short", "small_dense_long", "big_dense_short", "big_dense_long"))
-    | dict(meta_steps=1250, reset_interval=(125,), sigma=0.4, meta_learning_rate=4e-3, meta_decay=1.0),
+    "gated_adam": dict(optimizer="gated_adam", sigma=0.2, meta_learning_rate=3e-2, meta_decay=0.1),
     "pendulum": GRADIENT
     | dict(tasks=("inverted_pendulum",), num_units=8, meta_steps=100, reset_interval=(12,))
     | dict(alpha=(3e-4,), meta_learning_rate=5e-3, test_tasks=("inverted_pendulum",), test_seeds=3),
@@ -73,7 +70,6 @@ class Config:
     meta_grad_clip: float = 1.0  # global norm to which the meta-gradient is clipped
     clip_entries: bool = False  # each of its entries is clipped to that size instead
     task_grad_norm: float = 0.5  # norm to which each task's meta-gradient is rescaled; 0: not rescaled
-    keep: float = 1.0  # how far the weights go from the untrained ones, 0, to those learned, 1
     alpha: tuple[float, ...] = (0.05,)  # learning rate of what is learned, for all or per task; empty: each task's own
     reward_scale: tuple[float, ...] = ()  # factor on rewards, for all or per task; empty: each task's own
     test_tasks: tuple[TaskName, ...] = TESTED  # tasks of the final table; empty: no table
@@ -114,12 +110,13 @@ def learn(config, mesh, folder):
     all_tasks, meta_optimizer = make_tasks(config, mesh), make_meta_optimizer(config)
     _, run_key = jax.random.split(jax.random.key(config.seed))
     start = jax.tree.map(jnp.divide, init_meta_params(config), scales(config))
+    learned = lambda state: jax.device_get(unscaled(config, state.meta_params))
 
     def save(state):
         """All that a resumed run needs, and the weights of now for evaluate.py."""
         log.flush()
         checkpoints.save(manager, int(state.step), state)
-        save_weights(folder, config, kept(config, state.meta_params), {"meta_steps": int(state.step)})
+        save_weights(folder, config, learned(state), {"meta_steps": int(state.step)})
 
     with checkpoints.manager(folder / "checkpoints", runs.how_to_resume("meta_train.py", folder)) as manager:
         state = pipeline.init(all_tasks, meta_optimizer, start, run_key)
@@ -149,7 +146,7 @@ def learn(config, mesh, folder):
         )
     if signal:
         raise SystemExit(128 + int(signal))
-    return kept(config, state.meta_params), log.rows
+    return learned(state), log.rows
 
 
 def make_meta_optimizer(config):
@@ -186,16 +183,6 @@ def scales(config):
 def unscaled(config, scaled):
     """scale * scaled: the meta-parameters themselves, from what the pipeline learns."""
     return jax.tree.map(jnp.multiply, scaled, scales(config))
-
-
-def kept(config, scaled):
-    """The meta-parameters that are tested and saved: (1 - keep) * untrained + keep * learned.
-
-    (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": with keep < 1 they may do as well on the tasks learned
-    from, and better on others.)
-    """
-    between = lambda first, last: (1 - config.keep) * np.asarray(first) + config.keep * np.asarray(last)
-    return jax.tree.map(between, init_meta_params(config), unscaled(config, scaled))
 
 
 def test(config, mesh, folder, learned_params):
@@ -257,7 +244,7 @@ def check(config):
     runs.check_positive(config, (*sizes, *rates, "test_learning_rates", "checkpoint_every"))
     for name in ("alpha", "reward_scale", "reset_interval"):
         per_task(config, name)
-    for name, most in (("meta_decay", 1), ("keep", 1), ("task_grad_norm", 1e12), ("noise_interval", 2**31)):
+    for name, most in (("meta_decay", 1), ("task_grad_norm", 1e12), ("noise_interval", 2**31)):
         if not 0 <= getattr(config, name) <= most:
             raise runs.UsageError(f"{runs.flag_of(name)} is {getattr(config, name)}; it must be between 0 and {most:g}")
     never_reset = config.resets == "none" or 0 in config.reset_interval
@@ -282,7 +269,8 @@ def main(argv=None):
     with runs.only_one(folder), stops.graceful_stop(how_to_resume):
         units = f"{config.num_units} units each of {', '.join(config.tasks)}"
         say(f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}; {units}; results in {folder}")
-        say(f"{config.optimizer} with {config.inputs} inputs by {config.estimator}; the paper's: --preset gradient")
+        inputs = f" with {config.inputs} inputs" if config.optimizer in agents.RECURRENT else ""
+        say(f"{config.optimizer}{inputs} by {config.estimator}; the paper's: --preset gradient")
         learned_params, rows = learn(config, mesh, folder)
         if runs.is_first_process():
             plots.meta_training(folder / "curves.png", rows, config.tasks)

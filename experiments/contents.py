@@ -20,11 +20,10 @@ HAND = ("sign_descent", *BASELINES)
 FALLING = "rmsprop_0.9_corrected_falling"  # the best of the hand-designed settings on small worlds
 START = "rmsprop_0.99_corrected"  # what Optim4RL with normalised inputs starts as
 COMPARED = ("optim4rl", "untrained_optim4rl", *HAND)
-GATED = ("gated_adam", "untrained_gated_adam", *HAND)
 BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long")
-WORLDS = ("small_dense_short", "small_dense_long", *BIG, "small_sparse_short", "small_sparse_long", "catch")
+SIX = ("small_dense_short", "small_dense_long", *BIG)  # the paper's
+WORLDS = (*SIX, "small_sparse_short", "small_sparse_long", "catch")
 ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
-MORE_ROBOTS = ("inverted_pendulum", "hopper", "halfcheetah")
 
 
 # --- What is kept
@@ -56,12 +55,17 @@ def kept_rows(*folders):
     return rows
 
 
-def beside_gated_adam():
-    """kept_rows, of all that was tested beside GatedAdam."""
-    others = sorted(f"gridworlds/others/{path.name}" for path in (RESULTS / "gridworlds/others").iterdir())
-    worlds = [f"gridworlds/{name}" for name in ("small", "small_sparse_short", "small_sparse_long", "catch")]
-    robots = ["gated_adam/transfer", *(f"gated_adam/{name}" for name in MORE_ROBOTS)]
-    return kept_rows(*worlds, *others, *robots, "gridworlds")
+def six_worlds(*tuned):
+    """kept_rows, of the paper's six worlds at 5e6 steps: both learned optimizers, Optim4RL's start and fair opponents."""
+    earlier = sorted(f"gridworlds/others/{path.name}" for path in (RESULTS / "gridworlds/others").iterdir())
+    earlier = kept_rows("gridworlds/small", *earlier, "gridworlds")  # of a pair the last row counts
+    starts = ("six_worlds/start", "six_worlds/start_small")
+    return earlier | kept_rows("six_worlds", *starts, "gated_adam/six_worlds", *tuned)
+
+
+def robots():
+    """kept_rows, of the paper's four robots with small settings."""
+    return kept_rows("transfer", "gated_adam/robots")
 
 
 def mean_of_log(folder, column, start, length):
@@ -127,7 +131,8 @@ def mean_ratio(rows, tasks, optimizer, units, name="area"):
 def score(rows, tasks, optimizer, name="area", baselines=BASELINES):
     """statistics.scores of one optimizer. Better is the baseline with the larger area on tuning seeds; where that was not kept, with
     the larger reported mean."""
-    areas = {pair: row[f"{name}_runs"] for pair, row in rows.items() if pair[0] in tasks and f"{name}_runs" in row}
+    pairs = itertools.product(tasks, dict.fromkeys((optimizer, *baselines)))  # others would change the random numbers
+    areas = {pair: rows[pair][f"{name}_runs"] for pair in pairs if f"{name}_runs" in rows.get(pair, {})}
     if any((task, optimizer) not in areas for task in tasks):
         return "runs not kept"
     means = {pair: float(statistics.iqm(values)) for pair, values in areas.items()}
@@ -172,40 +177,31 @@ def pendulum_units():
     return markdown("return in meta-steps | 12 to 23 | 24 to 35 | 36 to 47 | 84 to 95", learned, held)
 
 
-def six_worlds(*tuned):
-    """kept_rows, of the shipped Optim4RL at the paper's size, fair opponents, and what was measured beside GatedAdam."""
-    return beside_gated_adam() | kept_rows("six_worlds", "six_worlds/start", "six_worlds/start_small", *tuned)
-
-
 def gated_scores():
-    chosen = "keep and alpha chosen on them"
-    groups = {"the paper's six worlds": (WORLDS[:6], f"four learned from, {chosen}")}
-    groups |= {
-        "its four big worlds": (BIG, f"two learned from, {chosen}"),
-        "two of them: big_sparse_*": (BIG[:2], chosen),
+    groups = {
+        "the paper's two small worlds": SIX[:2],
+        "its four big worlds": BIG,
+        "all six": SIX,
+        "its four robots": ROBOTS,
     }
-    groups |= {"small_sparse_*": (WORLDS[6:8], "no"), "catch": (WORLDS[8:], "no")}
-    groups |= {"the paper's four robots": (ROBOTS, chosen), "three more robots": (MORE_ROBOTS, "no")}
-    lines, rows = [], beside_gated_adam()
-    for title, (tasks, used) in groups.items():
-        gated = [score(rows, tasks, "gated_adam", name) for name in ("area", "final")]
-        lines.append([title, used, *gated, *(score(rows, tasks, name) for name in GATED[1:])])
-    return markdown(f"tasks | used before? | gated_adam | its last fifth | {' | '.join(GATED[1:])}", *lines)
+    lines, rows = [], six_worlds() | robots()
+    for title, tasks in groups.items():
+        columns = [("gated_adam", "area"), ("gated_adam", "final"), ("optim4rl", "area")]
+        lines.append([title, *(score(rows, tasks, *column) for column in columns)])
+    return markdown("tasks | gated_adam | its last fifth | optim4rl", *lines)
 
 
 def gated_gates():
-    """exp(o1), which the 20 numbers give, for a matrix of 64 inputs and 8 outputs at age 100, with m^2 / v = .1 and v = mean v."""
+    """exp(o1), which the 14 numbers give, at age 100, with m^2 / v = .1 and v = mean v."""
     with np.load(runs.ROOT / "weights/gated_adam.npz") as file:
         kernel, bias = file["kernel"][0], file["bias"][0]
 
-    def step(signal=0.1, size=1.0, vector=0, fan_in=64, fan_out=8, age=100):
+    def step(signal=0.1, size=1.0, age=100):
         ratios = [np.log(signal + 1e-4) / 5, np.log(size + 1e-8) / 10]
-        shape = [vector, np.log(fan_in / 64) / 2, np.log(fan_out / 8) / 2]
-        return np.exp(kernel @ [*ratios, *shape, *np.exp(-min(age, 500) / np.array([10, 100, 1000]))] + bias)
+        return np.exp(kernel @ [*ratios, *np.exp(-age / np.array([10, 100, 1000]))] + bias)
 
-    sweeps = {"age, in updates": ("age", (1, 10, 50, 100, 250, 500)), "m^2 / v": ("signal", (0.001, 0.01, 0.1, 1))}
-    sweeps |= {"v / mean v": ("size", (0.01, 1, 100)), "inputs of the matrix": ("fan_in", (16, 64, 144, 1200))}
-    sweeps |= {"0: matrix, 1: vector": ("vector", (0, 1))}
+    sweeps = {"age, in updates": ("age", (1, 10, 50, 100, 250)), "m^2 / v": ("signal", (0.001, 0.01, 0.1, 1))}
+    sweeps |= {"v / mean v": ("size", (0.01, 1, 100))}
     steps = lambda name, values: ", ".join(f"{value:g}: {step(**{name: value}):.2f}" for value in values)
     lines = [[title, steps(name, values)] for title, (name, values) in sweeps.items()]
     return markdown("what changes | its value: the step / alpha", *lines)
@@ -259,29 +255,29 @@ CONTENTS = {
     "paper_score": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1]),
     "paper_score_final": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
     "truncation": truncation,
-    "robots": lambda: per_task(kept_rows("transfer"), ROBOTS, COMPARED),
-    "robots_end": lambda: per_task(kept_rows("transfer"), ROBOTS, COMPARED, "deterministic"),
+    "robots": lambda: per_task(robots(), ROBOTS, (*COMPARED, "gated_adam")),
+    "robots_end": lambda: per_task(robots(), ROBOTS, (*COMPARED, "gated_adam"), "deterministic"),
     "robots_score": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl"),
     "robots_start": lambda: score(kept_rows("transfer"), ROBOTS, "untrained_optim4rl"),
     "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),
     "robots_over_start": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl", baselines=COMPARED[1:2]),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(kept_rows("figure3/small_dense_long", "figure3/big_dense_long")),
-    "six_worlds": lambda: per_task(six_worlds(), WORLDS[:6], ("optim4rl", FALLING, START, *HAND)),
-    "six_worlds_all": lambda: score(six_worlds(), WORLDS[:6], "optim4rl"),
+    "six_worlds": lambda: per_task(six_worlds(), SIX, ("optim4rl", "gated_adam", FALLING, START, *HAND)),
+    "six_worlds_all": lambda: score(six_worlds(), SIX, "optim4rl"),
     "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),
     "six_worlds_big_sign": lambda: mean_ratio(six_worlds(), BIG, "optim4rl", HAND[:1]),
-    "six_worlds_small": lambda: score(six_worlds(), WORLDS[:2], "optim4rl"),
+    "six_worlds_small": lambda: score(six_worlds(), SIX[:2], "optim4rl"),
     "six_worlds_big_final": lambda: score(six_worlds(), BIG, "optim4rl", "final"),
     "six_worlds_big_falling": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(FALLING,)),
     "six_worlds_big_start": lambda: score(six_worlds(), BIG, "optim4rl", baselines=(START,)),
-    "six_worlds_small_tuned": lambda: score(six_worlds("six_worlds/small_tuned"), WORLDS[:2], "optim4rl"),
+    "six_worlds_small_tuned": lambda: score(six_worlds("six_worlds/small_tuned"), SIX[:2], "optim4rl"),
     "gated_scores": gated_scores,
-    "gated_worlds": lambda: per_task(beside_gated_adam(), WORLDS, GATED),
-    "gated_robots": lambda: per_task(beside_gated_adam(), ROBOTS + MORE_ROBOTS, GATED),
     "gated_gates": gated_gates,
-    "gated_six": lambda: score(beside_gated_adam(), WORLDS[:6], "gated_adam"),
-    "gated_four_robots": lambda: score(beside_gated_adam(), ROBOTS, "gated_adam"),
+    "gated_six": lambda: score(six_worlds(), SIX, "gated_adam"),
+    "gated_big_start": lambda: score(six_worlds(), BIG, "gated_adam", baselines=(START,)),
+    "gated_robots_start": lambda: score(robots(), ROBOTS, "gated_adam", baselines=("untrained_gated_adam",)),
+    "gated_four_robots": lambda: score(robots(), ROBOTS, "gated_adam"),
     "brax_ppo": brax_ppo,
     "meta_speed": meta_speed,
     "optimizer_speed": optimizer_speed,

@@ -66,7 +66,7 @@ class Piece(NamedTuple):
     name: str
     panel: str
     folder: str  # of its files; some pieces are parts of others, and share it
-    call: Callable  # (config, folder, mesh) -> {"fixed", "tuned" or "meta": (row of NAME.json, agents.Tuned or None)}
+    call: Callable  # (config, folder, mesh) -> {"fixed" or "tuned": (row of NAME.json, agents.Tuned or None)}
     minutes: tuple  # on 2 CPU cores, on one H100
     on_cpu: bool  # whether a CPU runs it unasked
 
@@ -94,11 +94,6 @@ def candidates(task, label, settings, config, folder):
                 raise
             print(stop.code)  # it lost its meta-gradient, and does not count
     return found
-
-
-def meta(task, label, settings, config, folder, mesh):
-    """Meta-runs only, which another piece tests."""
-    return {"meta": ({"meta_runs": list(candidates(task, label, settings, config, folder))}, None)}
 
 
 def test(name, label, alphas, seeds, settings, config, folder, mesh):
@@ -188,12 +183,8 @@ def pieces():
         yield piece("Figure 3, catch", "catch", label, both, settings=settings, on_cpu=True)
     yield Piece("precision", "TF32 and float32", "precision", precision, (4, 0.2), False)
     for label, world in itertools.product(("adam", "rmsprop", *WEIGHTS, "sign_descent", *FAIR), tasks.PAPER_WORLDS):
-        on_cpu = world.startswith("small") and label in ("adam", "rmsprop", "optim4rl", "gated_adam")
+        on_cpu = world.startswith("small") and label in ("adam", "rmsprop", "optim4rl")
         yield piece("six worlds", world, label, tuned, on_cpu=on_cpu)
-    gated = meta_train.PRESETS["gated_adam"] | dict(num_units=64, test_tasks=())
-    for seed in range(1000, 1008):
-        call = partial(meta, "", "gated_adam", [gated | dict(seed=seed)])
-        yield Piece(f"gated_adam_{seed}", "GatedAdam, meta-seeds", f"gated_adam_{seed}", call, (216, 2), False)
     sweep = settings_of((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (72, 144, 288, 576))
     for label in learned:
         yield piece(

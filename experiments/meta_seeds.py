@@ -2,16 +2,17 @@
 
     python -m experiments.meta_seeds                                # 10 meta-runs of the default: 40 minutes of 2 CPU cores
     python -m experiments.meta_seeds --preset raw                   # the same with the paper's inputs
+    python -m experiments.meta_seeds --preset gated_adam            # mean.npz: the weights of learned_optimizers/gated_adam.py
     python -m experiments.meta_seeds --seeds 0 1 --out runs/two
     python -m experiments.meta_seeds --resume runs/meta_seeds-...   # continues after any interruption
 
 A meta-seed is a whole experiment: a meta-run, then fresh agents on each test task. Its score on a task is the area under their
 return curves in units of the better baseline's. Adam and RMSProp are tuned on five seeds of their own, at optax's defaults and
 in each of agents.VARIANTS. The folder receives config.json, agents.csv (one row per reported agent), curves.npz, meta_runs/ (a
-folder of meta_train.py per meta-run), summary.json and learned_step.png.
+folder of meta_train.py per meta-run), mean.npz (the mean of their weights), summary.json and learned_step.png.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import jax
@@ -24,6 +25,7 @@ from harness import agents, plots, runs, statistics, tasks, weights
 from harness.plots import plt
 
 GRID = (1e-2, 1.78e-2, 3.16e-2, 5.62e-2, 1e-1)  # of the hand-designed optimizers: quarter decades
+MEAN = "mean of all weights"  # the meta-runs' weights, averaged
 Preset = Literal["quick", "raw", "gradient", "gated_adam"]  # those that learn from worlds, whose alphas GRID has
 
 
@@ -45,7 +47,7 @@ def meta_config(config, folder, seed):
 
 
 def run_all(config, folder, mesh):
-    """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, and "meta-seed S" of each meta-run."""
+    """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, "meta-seed S" of each meta-run, MEAN."""
     base, results = meta_config(config, folder, 0), {}
     all_tasks = [tasks.make(name, base.test_envs) for name in base.test_tasks]
     rates = base.test_learning_rates or GRID
@@ -62,9 +64,13 @@ def run_all(config, folder, mesh):
             test(name, agents.Optimizer(name), GRID, config.tuning_seeds)
     untrained = agents.untrained(base.optimizer, jax.random.key(0), base.inputs)
     test(untrained.name, untrained, rates, agents.TUNING_SEEDS)
-    for seed in config.seeds:
-        optimizer = arms.learned(meta_config(config, folder, seed))
-        test(f"meta-seed {seed}", optimizer, rates, agents.TUNING_SEEDS)
+    learned = [arms.learned(meta_config(config, folder, seed)) for seed in config.seeds]
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *(optimizer.meta_params for optimizer in learned))
+    metadata = {"mean_of": asdict(config), "inputs": base.inputs}
+    weights.save(folder / "mean.npz", mean, metadata, base.optimizer)
+    labels = [f"meta-seed {seed}" for seed in config.seeds]
+    for label, optimizer in zip([*labels, MEAN], [*learned, learned[0]._replace(meta_params=mean)]):
+        test(label, optimizer, rates, agents.TUNING_SEEDS)
     return results
 
 
@@ -122,7 +128,8 @@ def draw(path, config, folder):
     left.set(
         title=f"|x| = {middle:g}, one line per meta-run", xlabel="age in updates", ylabel="step / alpha", ylim=(0, None)
     )
-    right.set(title="x = g / RMS(g)" if middle == 1 else "x = g", xlabel="|x|", ylabel="step / alpha")
+    sees_ratios = base.inputs == "normalised" and base.optimizer in agents.RECURRENT
+    right.set(title="x = g / RMS(g)" if sees_ratios else "x = g", xlabel="|x|", ylabel="step / alpha")
     right.legend(frameon=False)
     return plots.save(figure, path)
 
@@ -163,7 +170,8 @@ def unseen(folder):
 
 
 def best_variant(summary):
-    best = max((x for x in others(summary) if not x.startswith("untrained")), key=lambda x: over_tasks(summary, x))
+    hand_designed = [x for x in others(summary) if x in agents.HAND_DESIGNED or x in agents.VARIANTS]
+    best = max(hand_designed, key=lambda x: over_tasks(summary, x))
     return f"{best} {contents.number(over_tasks(summary, best))}"
 
 
@@ -190,6 +198,8 @@ def contents_of(folder):
 
 CONTENTS = {f"default_{name}": content for name, content in contents_of("meta_seeds").items()}
 CONTENTS |= {f"raw_{name}": contents_of("meta_seeds_raw")[name] for name in ("score", "above")}
+GATED = contents_of("gated_adam/meta_seeds")
+CONTENTS |= {f"gated_{name}": GATED[name] for name in ("score", "above", "unseen", "table")}
 
 
 def main(argv=None):

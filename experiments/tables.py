@@ -13,11 +13,11 @@ import re
 import sys
 from dataclasses import dataclass
 
-from experiments import contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols
+from experiments import contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols, six_worlds
 from harness import runs
 
 CONTENTS = {}
-for module in (contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols):
+for module in (contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols, six_worlds):
     CONTENTS |= module.CONTENTS
 MARKER = re.compile(r"<!-- (\w+) -->")
 

@@ -59,16 +59,13 @@ def test_a_run_is_never_overwritten(whole_run):
     assert (folder / "optimizer.npz").read_bytes() == before
 
 
-def test_weights_that_keep_a_part_of_what_was_learned_lie_that_far_from_the_untrained_ones(whole_run, tmp_path, capsys):
-    meta_train.main(f"{TINY_META} --test-tasks , --keep 0.25 --out {tmp_path / 'part'}".split())
-    assert capsys.readouterr().out.startswith(
-        f"{DEVICES} x cpu"
-    )  # JAX runs already: as many as share the units equally
-    part, _ = optim4rl.load(tmp_path / "part" / "optimizer.npz")
+def test_the_table_is_without_influence_on_what_is_learned(whole_run, tmp_path, capsys):
+    meta_train.main(f"{TINY_META} --test-tasks , --out {tmp_path / 'again'}".split())
+    # JAX runs already: as many devices as share the units equally
+    assert capsys.readouterr().out.startswith(f"{DEVICES} x cpu")
+    again, _ = optim4rl.load(tmp_path / "again" / "optimizer.npz")
     learned, _ = optim4rl.load(whole_run[0] / "optimizer.npz")
-    untrained = optim4rl.init_like_rmsprop()
-    quarter = lambda x, first, last: np.testing.assert_allclose(4 * (x - first), last - first, rtol=1e-3, atol=1e-4)
-    jax.tree.map(quarter, part, untrained, learned)
+    jax.tree.map(np.testing.assert_array_equal, again, learned)
     assert np.abs(learned["m"]["readout_kernel"]).max() > 1e-3  # something was learned
 
 
@@ -193,7 +190,6 @@ def test_flags_that_do_not_exist_are_refused_in_a_few_lines(program, flags, mess
         (dict(num_units=2**40), "--num-units is 1099511627776"),
         (dict(meta_steps=-1), "--meta-steps is -1"),
         (dict(meta_decay=-0.5), "--meta-decay is -0.5"),
-        (dict(keep=1.5), "--keep is 1.5; it must be between 0 and 1"),
         (dict(meta_learning_rate=float("nan")), "--meta-learning-rate is nan"),
         (dict(alpha=(1e-3, -1.0)), "--alpha is -1.0"),
         (dict(alpha=(1e-3, 1e-3, 1e-3)), "--alpha is 0.001,0.001,0.001, for 2 tasks"),

@@ -74,15 +74,25 @@ def test_three_seeds_show_their_range_or_no_interval():
     assert contents.cell(row | {"area_runs": [1.0, 2.0, 3.0]}, "area") == "2.00 [1.00, 3.00]"
 
 
+def test_a_score_does_not_depend_on_the_other_optimizers_of_a_table():
+    random = np.random.default_rng(0)
+    row = lambda: {"area_runs": random.normal(3.0, 0.5, 10)}
+    rows = {(task, name): row() for task in "ab" for name in ("sign_descent", "adam", "optim4rl", "rmsprop")}
+    alone = {pair: row for pair, row in rows.items() if pair[1] != "sign_descent"}
+    assert contents.score(rows, "ab", "optim4rl") == contents.score(alone, "ab", "optim4rl")
+
+
 @pytest.mark.parametrize("variants", [True, False])
 def test_meta_seeds_test_every_optimizer_on_every_task(monkeypatch, tmp_path, variants):
-    monkeypatch.setattr(arms, "learned", lambda config: agents.Optimizer("optim4rl"))
-    monkeypatch.setattr(arms, "test", lambda folder, task, label, *args: label)
+    monkeypatch.setattr(arms, "learned", lambda config: agents.Optimizer("optim4rl", {"x": float(config.seed)}))
+    monkeypatch.setattr(arms, "test", lambda folder, task, label, optimizer, *args: (label, optimizer.meta_params))
     results = meta_seeds.run_all(meta_seeds.Config(seeds=(1, 2), variants=variants), tmp_path, None)
-    labels = {"sign_descent", "adam", "rmsprop", "untrained_optim4rl", "meta-seed 1", "meta-seed 2"}
+    labels = {"sign_descent", "adam", "rmsprop", "untrained_optim4rl", "meta-seed 1", "meta-seed 2", meta_seeds.MEAN}
     labels |= set(agents.VARIANTS) if variants else set()
     assert set(results) == {(task, label) for task in meta_train.Config.test_tasks for label in labels}
-    assert all(result == label for (_, label), result in results.items())
+    assert all(result[0] == label for (_, label), result in results.items())
+    mean_weights = {result[1]["x"] for (_, label), result in results.items() if label == meta_seeds.MEAN}
+    assert mean_weights == {1.5}  # of meta-seeds 1 and 2
 
 
 def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
@@ -95,6 +105,7 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     labels = {"adam": 2.0, "rmsprop": 1.0, "rmsprop_0.99": 2.4, "untrained_optim4rl": 1.8}
     areas = {("world", label): Result(area) for label, area in labels.items()}
     areas |= {("world", f"meta-seed {seed}"): Result(2.0 + seed / 10) for seed in range(5)}
+    areas["world", meta_seeds.MEAN] = Result(2.6)
     summary = meta_seeds.summarize(areas, range(5))
     monkeypatch.setattr(contents, "read_json", lambda name: summary)
     of_seeds = meta_seeds.contents_of("meta_seeds")
@@ -102,6 +113,7 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     assert of_seeds["score"]() == f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     assert of_seeds["above"]() == "4 of 5"
     assert "| untrained_optim4rl | 0.90 | 0.90 |" in of_seeds["table"]()
+    assert f"| {meta_seeds.MEAN} | 1.30 | 1.30 |" in of_seeds["table"]()
     assert of_seeds["best_variant"]() == "rmsprop_0.99 1.20"
 
 
