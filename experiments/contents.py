@@ -59,7 +59,7 @@ def six_worlds(*tuned):
     """kept_rows, of the paper's six worlds at 5e6 steps: both learned optimizers, Optim4RL's start and fair opponents."""
     earlier = sorted(f"gridworlds/others/{path.name}" for path in (RESULTS / "gridworlds/others").iterdir())
     earlier = kept_rows("gridworlds/small", *earlier, "gridworlds")  # of a pair the last row counts
-    starts = ("six_worlds/start", "six_worlds/start_small")
+    starts = ("six_worlds/start", "six_worlds/start_small", "gated_adam/start")
     return earlier | kept_rows("six_worlds", *starts, "gated_adam/six_worlds", *tuned)
 
 
@@ -186,9 +186,14 @@ def gated_scores():
     }
     lines, rows = [], six_worlds() | robots()
     for title, tasks in groups.items():
-        columns = [("gated_adam", "area"), ("gated_adam", "final"), ("optim4rl", "area")]
+        columns = [
+            ("gated_adam", "area"),
+            ("gated_adam", "final"),
+            ("untrained_gated_adam", "area"),
+            ("optim4rl", "area"),
+        ]
         lines.append([title, *(score(rows, tasks, *column) for column in columns)])
-    return markdown("tasks | gated_adam | its last fifth | optim4rl", *lines)
+    return markdown("tasks | gated_adam | its last fifth | untrained_gated_adam | optim4rl", *lines)
 
 
 def gated_gates():
@@ -275,7 +280,8 @@ CONTENTS = {
     "gated_scores": gated_scores,
     "gated_gates": gated_gates,
     "gated_six": lambda: score(six_worlds(), SIX, "gated_adam"),
-    "gated_big_start": lambda: score(six_worlds(), BIG, "gated_adam", baselines=(START,)),
+    "gated_big_start": lambda: score(six_worlds(), BIG, "gated_adam", baselines=("untrained_gated_adam",)),
+    "gated_small_tuned": lambda: score(six_worlds("gated_adam/small_tuned"), SIX[:2], "gated_adam"),
     "gated_robots_start": lambda: score(robots(), ROBOTS, "gated_adam", baselines=("untrained_gated_adam",)),
     "gated_four_robots": lambda: score(robots(), ROBOTS, "gated_adam"),
     "brax_ppo": brax_ppo,
