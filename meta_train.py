@@ -5,7 +5,7 @@
     python meta_train.py --preset gradient                  # the paper's rule and gradient on the same worlds: 3 minutes
     python meta_train.py --preset paper                     # the paper's six worlds: 6 minutes of an H100, 4 hours of 2 CPU cores
     python meta_train.py --preset pendulum                  # a robot, learned by PPO: 6 minutes
-    python meta_train.py --preset gated_adam                # the weights of learned_optimizers/gated_adam.py: 3 minutes
+    python meta_train.py --preset gated_adam                # the rule of learned_optimizers/gated_adam.py: 3 minutes
     python meta_train.py --resume runs/meta_train-...       # continues a run that was stopped
 
 A run's folder receives config.json, metrics.csv (one row per meta-step), optimizer.npz (the learned weights, for evaluate.py),

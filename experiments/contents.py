@@ -11,6 +11,7 @@ import json
 import numpy as np
 
 from harness import agents, runs, statistics
+from learned_optimizers import gated_adam
 
 RESULTS = runs.ROOT / "results"
 # Optimizers as earlier versions of the programs called them
@@ -178,32 +179,20 @@ def pendulum_units():
 
 
 def gated_scores():
-    groups = {
-        "the paper's two small worlds": SIX[:2],
-        "its four big worlds": BIG,
-        "all six": SIX,
-        "its four robots": ROBOTS,
-    }
-    lines, rows = [], six_worlds() | robots()
-    for title, tasks in groups.items():
-        columns = [
-            ("gated_adam", "area"),
-            ("gated_adam", "final"),
-            ("untrained_gated_adam", "area"),
-            ("optim4rl", "area"),
-        ]
-        lines.append([title, *(score(rows, tasks, *column) for column in columns)])
+    small = {"the paper's two small worlds": SIX[:2]}
+    groups = small | {"its four big worlds": BIG, "all six": SIX, "its four robots": ROBOTS}
+    columns = [("gated_adam", "area"), ("gated_adam", "final"), ("untrained_gated_adam", "area"), ("optim4rl", "area")]
+    rows = six_worlds() | robots()
+    lines = [[title, *(score(rows, tasks, *column) for column in columns)] for title, tasks in groups.items()]
     return markdown("tasks | gated_adam | its last fifth | untrained_gated_adam | optim4rl", *lines)
 
 
 def gated_gates():
     """exp(o1), which the 14 numbers give, at age 100, with m^2 / v = .1 and v = mean v."""
-    with np.load(runs.ROOT / "weights/gated_adam.npz") as file:
-        kernel, bias = file["kernel"][0], file["bias"][0]
 
     def step(signal=0.1, size=1.0, age=100):
-        ratios = [np.log(signal + 1e-4) / 5, np.log(size + 1e-8) / 10]
-        return np.exp(kernel @ [*ratios, *np.exp(-age / np.array([10, 100, 1000]))] + bias)
+        o1, _ = gated_adam.gates(gated_adam.WEIGHTS, np.sqrt(signal), np.float32(size), 1.0, age)
+        return np.exp(o1)
 
     sweeps = {"age, in updates": ("age", (1, 10, 50, 100, 250)), "m^2 / v": ("signal", (0.001, 0.01, 0.1, 1))}
     sweeps |= {"v / mean v": ("size", (0.01, 1, 100))}

@@ -83,7 +83,7 @@ def candidates(task, label, settings, config, folder):
     if not settings:
         return {label: evaluate.load_optimizer(*WEIGHTS[label]) if label in WEIGHTS else agents.Optimizer(label)}
 
-    base, found = META.get(task, {}) | dict(tasks=(task,), optimizer=label, devices=config.devices), {}
+    base, found = META[task] | dict(tasks=(task,), optimizer=label, devices=config.devices), {}
     for i, setting in enumerate(settings):
         of_run = meta_train.Config(**base | setting, out=str(folder / "meta_runs" / f"{label}-{i}"))
         of_run = replace(of_run, meta_steps=max(2, round(config.scale * of_run.meta_steps)))

@@ -47,7 +47,10 @@ def meta_config(config, folder, seed):
 
 
 def run_all(config, folder, mesh):
-    """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, "meta-seed S" of each meta-run, MEAN."""
+    """{(task, label): agents.Tuned}: hand-designed optimizers, the untrained rule, "meta-seed S" of each meta-run, MEAN.
+
+    It also writes mean.npz, the weights of MEAN.
+    """
     base, results = meta_config(config, folder, 0), {}
     all_tasks = [tasks.make(name, base.test_envs) for name in base.test_tasks]
     rates = base.test_learning_rates or GRID
@@ -128,7 +131,7 @@ def draw(path, config, folder):
     left.set(
         title=f"|x| = {middle:g}, one line per meta-run", xlabel="age in updates", ylabel="step / alpha", ylim=(0, None)
     )
-    sees_ratios = base.inputs == "normalised" and base.optimizer in agents.RECURRENT
+    sees_ratios = agents.sees_ratios(base.optimizer, base.inputs)
     right.set(title="x = g / RMS(g)" if sees_ratios else "x = g", xlabel="|x|", ylabel="step / alpha")
     right.legend(frameon=False)
     return plots.save(figure, path)

@@ -6,7 +6,7 @@ The paper's columns are from the configs of its reference implementation.
 import json
 
 from experiments import full_size
-from experiments.contents import RESULTS, WORLDS, cell, markdown, score
+from experiments.contents import RESULTS, SIX, cell, markdown, score
 
 IN_TRAINING, TEN, TWENTY = "training episodes", "128 episodes without noise, 10 times", "the same, 20 times"
 # panel -> the reference's (steps of an agent, agents, how its alpha is chosen, what its returns are of)
@@ -52,7 +52,7 @@ def outcome(panel):
 def small_worlds():
     """Optim4RL's score on the paper's two small worlds at its whole length, in units of RMSProp's area."""
     rows = {(row["task"], row["optimizer"]): row for _, row in finished("six worlds")}
-    return score(rows, WORLDS[:2], "optim4rl", baselines=("rmsprop",))
+    return score(rows, SIX[:2], "optim4rl", baselines=("rmsprop",))
 
 
 CONTENTS = {

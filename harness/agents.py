@@ -68,9 +68,14 @@ def make_rule(name, inputs="raw", num_steps=1):
     make = LEARNED[name].make
     if name == "velo":  # it plans its steps for the whole run
         make = functools.partial(make, num_steps=num_steps)
-    if inputs == "raw" or name not in RECURRENT:
+    if not sees_ratios(name, inputs):
         return make
     return lambda learning_rate, meta_params: normalised(make(learning_rate, meta_params))
+
+
+def sees_ratios(name, inputs):
+    """Whether the networks of a learned optimizer are fed g / RMS(g); the others either see g or need no inputs."""
+    return inputs == "normalised" and name in RECURRENT
 
 
 def _variant(kind, memory, corrected, falls, learning_rate, num_steps):
