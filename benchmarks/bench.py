@@ -9,6 +9,8 @@ in processes of their own, each with an empty compilation cache, so that the tim
 those of a first start; "again" is the same start with the cache filled.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +31,12 @@ import optax
 import brax_env
 import gridworld
 import meta_train
+import optim4rl
 import pipeline
+from benchmarks import optim4rl_kernel
 from harness import agents, runs, tasks
 
-GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "sizes", "meta", "robots")
+GROUPS = ("machine", "env", "a2c", "ppo", "optimizer", "sizes", "kernels", "meta", "robots")
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def learners(group, repeats):
             )
 
 
-def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=2**20, updates=4):
+def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=2**20, updates=4, note=""):
     """Milliseconds per 2^20 scalars and update: forward alone, and in the meta-gradient through 4 updates."""
     grads = jax.random.normal(jax.random.key(0), (updates, num_scalars))
     zeros = jnp.zeros(num_scalars)
@@ -131,7 +136,8 @@ def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=
         for kind, function in (("forward", unroll), ("meta-gradient", jax.grad(unroll)))[: 2 if learned else 1]:
             run = partial(jax.jit(function), meta_params, grads)
             seconds, compile_s = measure(lambda _, run=run: run(), None, repeats)
-            yield row("optimizer", f"{name}, {kind}", per_million * seconds, "ms/update of 2^20 scalars", compile_s)
+            title, unit = f"{name}, {kind}{note}", "ms/update of 2^20 scalars"
+            yield row("optimizer", title, per_million * seconds, unit, compile_s)
 
 
 def sizes(repeats):
@@ -141,62 +147,97 @@ def sizes(repeats):
             yield record | {"group": "sizes", "num_scalars": num_scalars}
 
 
-def meta_step_worker(repeats, names, num_units, devices, estimator, ppo="small"):
-    """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory."""
+def kernels(repeats):
+    """Optim4RL by its GPU kernels, with blocks of several sizes. On a CPU nothing: there they are interpreted."""
+    if jax.default_backend() == "cpu":
+        return
+    for block, num_warps in itertools.product((32, 64, 128), (2, 4, 8)):
+        with mock.patch.multiple(optim4rl_kernel, BLOCK=block, NUM_WARPS=num_warps), by_kernels():
+            for record in optimizers(repeats, ("optim4rl",), note=f", kernels of {block} scalars, {num_warps} warps"):
+                yield record | {"group": "kernels"}
+    case = dict(tasks=tasks.PAPER_WORLDS, num_units=512)
+    cases = {"six worlds x 512 units": (1, case), "six worlds x 512 units, kernels": (1, case | dict(kernels=True))}
+    yield from meta_steps(cases, repeats, "kernels")
+
+
+def by_kernels():
+    """While this context lasts, what is traced of Optim4RL uses the kernels."""
+    return mock.patch.object(optim4rl, "update_rule", optim4rl_kernel.update_rule)
+
+
+def meta_step_worker(
+    repeats, tasks, num_units=32, devices=None, estimator="gradient", ppo="small", kernels=False, process=(None,) * 3
+):
+    """In a process of its own: prints a JSON record of seconds to the first meta-step, per meta-step, and peak memory.
+
+    devices: of each process, None: all; kernels: of optim4rl_kernel.py; process: as runs.join_processes takes it.
+    """
     began = time.perf_counter()
+    runs.join_processes(*process)
     preset = meta_train.PRESETS["gradient"] | dict(num_units=num_units, estimator=estimator)
-    config = meta_train.Config(**preset, tasks=names, ppo=ppo)
+    config = meta_train.Config(**preset, tasks=tasks, ppo=ppo)
     mesh, key = runs.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
     meta_params = agents.LEARNED["optim4rl"].init(key)
     state = pipeline.init(worlds, meta_optimizer, meta_params, key)
     step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
-    state = jax.block_until_ready(step(state))
+    with by_kernels() if kernels else contextlib.nullcontext():
+        state = jax.block_until_ready(step(state))
     first = time.perf_counter() - began
     seconds, _ = measure(step, state, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     print(json.dumps({"first": first, "step": seconds, "peak": peak}))
 
 
-def meta_steps(cases, repeats):
-    """cases: (name, *arguments of meta_step_worker); devices None: all. The first case is started twice."""
-    for number, (name, *case) in enumerate(cases):
-        call = f"from benchmarks import bench; bench.meta_step_worker{(repeats, *case)}"
-        command = [sys.executable, "-c", call]
+def start_worker(repeats, case, env):
+    call = f"from benchmarks import bench; bench.meta_step_worker({repeats}, **{case})"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", call], env=env, **pipes)
+
+
+def meta_steps(cases, repeats, group="meta"):
+    """cases: {name: (number of processes, arguments of meta_step_worker)}. The first case is started twice."""
+    for number, (name, (count, case)) in enumerate(cases.items()):
+        members = [{"process": ("localhost:9911", count, i)} for i in range(count)] if count > 1 else [{}]
         with tempfile.TemporaryDirectory() as cache:
-            for start in ("", " again") if number == 0 else ("",):
-                env = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": ""}
-                process = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
-                if process.returncode:
-                    raise SystemExit(f"{name} failed:\n{process.stderr}")
-                measured = json.loads(process.stdout.splitlines()[-1])
-                yield row(
-                    "meta", f"{name}{start}: first meta-step", measured["first"], "s from the start of Python's work"
-                )
-        yield row("meta", name, measured["step"], "s/meta-step")
-        yield row("meta", f"{name}: peak memory", measured["peak"], "GiB")
+            env = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": ""}
+            for again in ("", " again") if number == 0 else ("",):
+                workers = [start_worker(repeats, case | member, env) for member in members]
+                output, errors = workers[0].communicate()
+                if any([worker.wait() for worker in workers]):
+                    raise SystemExit(f"{name} failed:\n{errors}")
+                seen = json.loads(output.splitlines()[-1])
+                yield row(group, f"{name}{again}: first meta-step", seen["first"], "s from the start of Python's work")
+        yield row(group, name, seen["step"], "s/meta-step")
+        yield row(group, f"{name}: peak memory", seen["peak"], "GiB")
 
 
 def meta_cases(units):
-    """Six worlds together, on one device and all, both estimators; more and more worlds; more and more units."""
-    yield "six worlds x 32 units", tasks.PAPER_WORLDS, 32, None, "gradient"
-    yield "six worlds x 32 units, 1 device", tasks.PAPER_WORLDS, 32, 1, "gradient"
-    yield "six worlds x 32 units, pes", tasks.PAPER_WORLDS, 32, None, "pes"
-    yield "three worlds x 32 units", tasks.PAPER_WORLDS[:3], 32, None, "gradient"
-    for world in tasks.PAPER_WORLDS:
-        yield f"{world} x 32 units", (world,), 32, None, "gradient"
-    yield "catch x 64 units", ("catch",), 64, None, "gradient"
-    for num_units in units:
-        yield f"big_dense_long x {num_units} units", ("big_dense_long",), num_units, None, "gradient"
+    """Six worlds together, by one device and all, one process and two, both estimators; more and more worlds; and units."""
+    six = dict(tasks=tasks.PAPER_WORLDS)
     most = min(max(units), 512)  # the paper's
-    yield f"six worlds x {most} units", tasks.PAPER_WORLDS, most, None, "gradient"
+    return (
+        {
+            "six worlds x 32 units": (1, six),
+            "six worlds x 32 units, 1 device": (1, six | dict(devices=1)),
+            "six worlds x 32 units, 2 processes of 1 device": (2, six | dict(devices=1)),
+            "six worlds x 32 units, pes": (1, six | dict(estimator="pes")),
+            "three worlds x 32 units": (1, dict(tasks=tasks.PAPER_WORLDS[:3])),
+        }
+        | {f"{world} x 32 units": (1, dict(tasks=(world,))) for world in tasks.PAPER_WORLDS}
+        | {"catch x 64 units": (1, dict(tasks=("catch",), num_units=64))}
+        | {f"big_dense_long x {num} units": (1, dict(tasks=("big_dense_long",), num_units=num)) for num in units}
+        | {f"six worlds x {most} units": (1, six | dict(num_units=most))}
+    )
 
 
 def robot_cases():
     """Units of a robot: what one of them costs, and what two more add."""
-    for settings in ("small", "paper"):
-        for num_units in (1, 3):
-            yield f"ant x {num_units} units, {settings} PPO", ("ant",), num_units, 1, "gradient", settings
+    return {
+        f"ant x {num} units, {settings} PPO": (1, dict(tasks=("ant",), num_units=num, devices=1, ppo=settings))
+        for settings in ("small", "paper")
+        for num in (1, 3)
+    }
 
 
 def main(argv=None):
@@ -209,6 +250,7 @@ def main(argv=None):
         "ppo": lambda: learners("ppo", config.repeats),
         "optimizer": lambda: optimizers(config.repeats),
         "sizes": lambda: sizes(config.repeats),
+        "kernels": lambda: kernels(config.repeats),
         "meta": lambda: meta_steps(meta_cases(config.units), config.repeats),
         "robots": lambda: meta_steps(robot_cases(), repeats=1),  # the paper's settings take minutes on a CPU
     }
