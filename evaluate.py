@@ -149,8 +149,8 @@ def fixed_rates(config):
 def run_all(config, folder, all_tasks, optimizers, mesh):
     """{(task, optimizer): agents.Tuned}: tunes and trains with all optimizers on all tasks."""
     for name in set(agents.LEARNED) & set(optimizers):  # from these copies a run is resumed
-        _, meta_params, inputs = optimizers[name]
-        weights.save(folder / "weights" / f"{name}.npz", meta_params, {"inputs": inputs}, name)
+        learned = optimizers[name]
+        weights.save(folder / "weights" / f"{name}.npz", learned.meta_params, {"inputs": learned.inputs}, name)
     results, fixed = {}, fixed_rates(config)
     for task, optimizer in itertools.product(all_tasks, optimizers.values()):
         key, play_key = jax.random.split(agents.task_key(config.seed, task.name))

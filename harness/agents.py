@@ -8,6 +8,7 @@ import functools
 import itertools
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,11 +56,19 @@ class Optimizer(NamedTuple):
     name: str  # one of NAMES
     meta_params: Any = None  # of a learned optimizer
     inputs: str = "raw"  # one of INPUTS
+    make: Callable | None = (
+        None  # (learning_rate, meta_params, num_steps) -> optax transformation; None: that of its name
+    )
 
 
 @functools.cache
-def make_rule(name, inputs="raw", num_steps=1):
-    """(learning_rate, meta_params) -> optax transformation, for a name in NAMES; num_steps: optimizer steps of the whole run."""
+def make_rule(name, inputs="raw", num_steps=1, make=None):
+    """(learning_rate, meta_params) -> optax transformation, for a name in NAMES; num_steps: optimizer steps of the whole run.
+
+    make: Optimizer.make, in place of what the name stands for.
+    """
+    if make is not None:
+        return functools.partial(make, num_steps=num_steps)
     if name in HAND_DESIGNED:
         return lambda learning_rate, meta_params: HAND_DESIGNED[name](learning_rate)
     if name in VARIANTS:
@@ -196,7 +205,8 @@ def train(task, optimizer, alphas, keys, mesh, steps=None, store=Store()):
     num_updates = max(1, round((steps or task.steps) / task.steps_per_update))
     updates = max(1, num_updates // POINTS)
     points = round(num_updates / updates)
-    rule = make_rule(optimizer.name, optimizer.inputs, points * updates * task.optimizer_steps)
+    num_steps = points * updates * task.optimizer_steps
+    rule = make_rule(optimizer.name, optimizer.inputs, num_steps, optimizer.make)
     compiled = _compiled(task, rule, mesh, updates)
     # The points with an evaluation: evenly spaced, the last one among them
     due = np.diff(np.arange(points + 1) * min(task.evaluations, points) // points) > 0
