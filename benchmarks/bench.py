@@ -203,10 +203,10 @@ def meta_steps(cases, repeats, group="meta"):
             env = os.environ | {"XDG_CACHE_HOME": cache, "JAX_COMPILATION_CACHE_DIR": ""}
             for again in ("", " again") if number == 0 else ("",):
                 workers = [start_worker(repeats, case | member, env) for member in members]
-                output, errors = workers[0].communicate()
-                if any([worker.wait() for worker in workers]):
-                    raise SystemExit(f"{name} failed:\n{errors}")
-                seen = json.loads(output.splitlines()[-1])
+                outputs, errors = zip(*(worker.communicate() for worker in workers))
+                if any(worker.returncode for worker in workers):
+                    raise SystemExit(f"{name} failed:\n" + "\n".join(errors))
+                seen = json.loads(outputs[0].splitlines()[-1])
                 yield row(group, f"{name}{again}: first meta-step", seen["first"], "s from the start of Python's work")
         yield row(group, name, seen["step"], "s/meta-step")
         yield row(group, f"{name}: peak memory", seen["peak"], "GiB")

@@ -44,20 +44,25 @@ def update_rule(meta_params, eps, h1, h2, g):
 
 def _packed(meta_params):
     """Both moments as one GRU: recurrent kernels [3, 2H, 2H], eight columns [8, 2H], biases of the read-outs [2]."""
-    m, v = meta_params["m"], meta_params["v"]
-    block_diagonal = jax.vmap(jax.scipy.linalg.block_diag)
-    gates = lambda cell, name: cell[name].reshape(3, len(cell["candidate_bias"]), *cell[name].shape[1:])
-    recurrent = block_diagonal(gates(m, "recurrent_kernel"), gates(v, "recurrent_kernel"))
-    both = lambda f: jnp.concatenate([f(m), f(v)], axis=-1)
-    columns = [both(lambda cell, name=name: gates(cell, name)) for name in ("input_kernel", "input_bias")]
-    columns += [both(lambda cell, name=name: cell[name][None]) for name in ("candidate_bias", "readout_kernel")]
-    return recurrent, jnp.concatenate(columns), jnp.stack([m["readout_bias"], v["readout_bias"]])
+
+    def of_moment(cell):
+        gates = lambda name: cell[name].reshape(3, len(cell["candidate_bias"]), *cell[name].shape[1:])
+        columns = [
+            gates("input_kernel"),
+            gates("input_bias"),
+            cell["candidate_bias"][None],
+            cell["readout_kernel"][None],
+        ]
+        return gates("recurrent_kernel"), jnp.concatenate(columns), cell["readout_bias"]
+
+    U, columns, o_biases = zip(of_moment(meta_params["m"]), of_moment(meta_params["v"]))
+    return jax.vmap(jax.scipy.linalg.block_diag)(*U), jnp.concatenate(columns, axis=1), jnp.stack(o_biases)
 
 
 def _formula(eps, U, columns, o_biases, h, g):
     """optim4rl.update_rule for B scalars: tuples of U [2H, 2H], columns [2H] and o_biases [], h [2H, B], g [B] -> h, delta [B]."""
     w_r, w_z, w_n, b_r, b_z, b_n, c_n, w_o = (column[:, None] for column in columns)
-    is_m = _is_m(h)
+    is_m = jax.lax.broadcasted_iota(jnp.int32, (len(h), 1), 0) < len(h) // 2  # the rows of h1
     x = jnp.where(is_m, g, g**2)
     product = lambda kernel: jnp.dot(kernel, h, precision=jax.lax.Precision.HIGHEST)
     r = jax.nn.sigmoid(w_r * x + b_r + product(U[0]))
@@ -66,11 +71,6 @@ def _formula(eps, U, columns, o_biases, h, g):
     h = n + z * (h - n)
     o1, o2 = (jnp.where(mine, w_o * h, 0).sum(0) + bias for mine, bias in zip((is_m, ~is_m), o_biases))
     return h, -jnp.sign(g) * jnp.exp(o1) / jnp.sqrt(jnp.exp(o2) + eps)
-
-
-def _is_m(h):
-    """[2H, 1] bool: the rows of the first GRU."""
-    return jax.lax.broadcasted_iota(jnp.int32, (len(h), 1), 0) < len(h) // 2
 
 
 def _weights(refs):

@@ -10,7 +10,6 @@ import json
 
 import numpy as np
 
-from experiments import headroom
 from harness import agents, runs, statistics
 from learned_optimizers import gated_adam
 
@@ -172,26 +171,6 @@ def truncation():
     return markdown(header, *lines)
 
 
-def headroom_robots():
-    rows = kept_rows("headroom")
-    opponents = {
-        row.pop("robot"): max(row, key=lambda name: float(row[name]))
-        for row in map(dict, read_csv("headroom/tuning.csv"))
-    }
-    rules = ("common", "best_draw", "own", "fair")
-    lines = [[robot, *(cell(rows[robot, rule], "area") for rule in rules), name] for robot, name in opponents.items()]
-    return markdown(f"robot | {' | '.join(rules)} | the best opponent", *lines)
-
-
-def headroom_knobs():
-    table = np.array([[float(row[knob]) for knob in headroom.RANGES] for row in read_csv("headroom/draws.csv")])
-    areas = {
-        robot: np.array([float(row[robot]) for row in read_csv("headroom/draws.csv")]) for robot in headroom.BUDGETS
-    }
-    lines = [[knob, f"{top:.2g}", span(*ratio)] for knob, (top, *ratio) in headroom.worth(table, areas).items()]
-    return markdown("knob | its best | area at its best / at Adam's value", *lines)
-
-
 def pendulum_units():
     mean = lambda folder, at: number(mean_of_log(folder, "inverted_pendulum/episode_return", at, 12))
     learned = ["meta-trained", *(mean("pendulum_meta", at) for at in (12, 24, 36, 84))]
@@ -276,11 +255,6 @@ CONTENTS = {
     "robots_start": lambda: score(kept_rows("transfer"), ROBOTS, "untrained_optim4rl"),
     "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),
     "robots_over_start": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl", baselines=COMPARED[1:2]),
-    "headroom_robots": headroom_robots,
-    "headroom_knobs": headroom_knobs,
-    "headroom_common": lambda: score(kept_rows("headroom"), headroom.BUDGETS, "common", baselines=("fair",)),
-    "headroom_best_draw": lambda: score(kept_rows("headroom"), headroom.BUDGETS, "best_draw", baselines=("fair",)),
-    "headroom_own": lambda: score(kept_rows("headroom"), headroom.BUDGETS, "own", baselines=("fair",)),
     "pendulum_units": pendulum_units,
     "figure3": lambda: per_pair(kept_rows("figure3/small_dense_long", "figure3/big_dense_long")),
     "six_worlds": lambda: per_task(six_worlds(), SIX, ("optim4rl", "gated_adam", FALLING, START, *HAND)),

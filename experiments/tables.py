@@ -13,11 +13,21 @@ import re
 import sys
 from dataclasses import dataclass
 
-from experiments import contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols, six_worlds
+from experiments import (
+    contents,
+    drift,
+    headroom,
+    meta_seeds,
+    pipeline_drift,
+    pipeline_rl,
+    pipeline_toy,
+    protocols,
+    six_worlds,
+)
 from harness import runs
 
 CONTENTS = {}
-for module in (contents, drift, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols, six_worlds):
+for module in (contents, drift, headroom, meta_seeds, pipeline_drift, pipeline_rl, pipeline_toy, protocols, six_worlds):
     CONTENTS |= module.CONTENTS
 MARKER = re.compile(r"<!-- (\w+) -->")
 

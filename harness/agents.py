@@ -53,12 +53,10 @@ POINTS = 50  # of a learning curve
 class Optimizer(NamedTuple):
     """What agents are trained with."""
 
-    name: str  # one of NAMES
+    name: str  # one of NAMES; with `make` any name
     meta_params: Any = None  # of a learned optimizer
     inputs: str = "raw"  # one of INPUTS
-    make: Callable | None = (
-        None  # (learning_rate, meta_params, num_steps) -> optax transformation; None: that of its name
-    )
+    make: Callable | None = None  # (learning_rate, meta_params, num_steps) -> optax transformation, instead of its name
 
 
 @functools.cache

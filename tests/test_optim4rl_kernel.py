@@ -63,7 +63,7 @@ def test_it_takes_the_plain_rule_s_place_in_the_meta_gradient_of_several_agents(
 
 
 @pytest.mark.parametrize("weights_of_each_agent", [False, True])
-def test_it_compiles_to_triton_for_a_gpu(monkeypatch, weights_of_each_agent):
+def test_it_is_lowered_to_triton_for_a_gpu(monkeypatch, weights_of_each_agent):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     meta_params, *of_scalars = arrays(8, 4, 100)
     of_scalars = [jnp.moveaxis(x, -2, 0) for x in of_scalars]  # 4 agents
