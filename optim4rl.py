@@ -31,7 +31,7 @@ Example:
     params = optax.apply_updates(params, updates)
 
 Which alpha to try: .003 to .1.
-Cost: 16 floats of state per parameter (Adam: 2); on a CPU about 50 times the time of Adam.
+Cost: 16 floats of state per parameter (Adam: 2); on a CPU 40 to 50 times the time of Adam.
 
 Deviations:
 - The read-out weights start at zero, not LeCun-normal. So the untrained rule is exactly sign descent.

@@ -114,8 +114,9 @@ def learners(group, repeats):
             )
 
 
-def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=2**20, updates=4, note=""):
+def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=2**20, group="optimizer", note=""):
     """Milliseconds per 2^20 scalars and update: forward alone, and in the meta-gradient through 4 updates."""
+    updates = 4
     grads = jax.random.normal(jax.random.key(0), (updates, num_scalars))
     zeros = jnp.zeros(num_scalars)
     per_million = 1e3 * 2**20 / num_scalars / updates
@@ -138,14 +139,14 @@ def optimizers(repeats, names=("adam", "rmsprop", *agents.LEARNED), num_scalars=
             run = partial(jax.jit(function), meta_params, grads)
             seconds, compile_s = measure(lambda _, run=run: run(), None, repeats)
             title, unit = f"{name}, {kind}{note}", "ms/update of 2^20 scalars"
-            yield row("optimizer", title, per_million * seconds, unit, compile_s)
+            yield row(group, title, per_million * seconds, unit, compile_s)
 
 
 def sizes(repeats):
     """How Optim4RL's time grows with the size of an agent."""
     for num_scalars in (10**3, 10**4, 10**5, 10**6, 10**7):
-        for record in optimizers(repeats, ("optim4rl",), num_scalars):
-            yield record | {"group": "sizes", "num_scalars": num_scalars}
+        for record in optimizers(repeats, ("optim4rl",), num_scalars, "sizes", f", {num_scalars:,} scalars"):
+            yield record | {"num_scalars": num_scalars}
 
 
 def kernels(repeats):
@@ -154,8 +155,8 @@ def kernels(repeats):
         return
     for block, num_warps in itertools.product((32, 64, 128), (2, 4, 8)):
         with mock.patch.multiple(optim4rl_kernel, BLOCK=block, NUM_WARPS=num_warps), by_kernels():
-            for record in optimizers(repeats, ("optim4rl",), note=f", kernels of {block} scalars, {num_warps} warps"):
-                yield record | {"group": "kernels"}
+            note = f", blocks of {block} scalars, {num_warps} warps"
+            yield from optimizers(repeats, ("optim4rl",), group="kernels", note=note)
     case = dict(tasks=tasks.PAPER_WORLDS, num_units=512)
     cases = {"six worlds x 512 units": (1, case), "six worlds x 512 units, kernels": (1, case | dict(kernels=True))}
     yield from meta_steps(cases, repeats, "kernels")

@@ -211,15 +211,20 @@ def brax_ppo():
     return markdown("robot | steps | seeds | trainer | last evaluation | mean of all | steps/s", *lines)
 
 
+def speeds(group, separator):
+    """{what was timed: {which number: value}} of a group of the benchmark, whose rows are named by both."""
+    found = {}
+    for row in read_json("speed/bench.json")["rows"]:
+        if row["group"] == group:
+            name, _, kind = row["name"].partition(separator)
+            found.setdefault(name, {})[kind] = row["value"]
+    return found
+
+
 def meta_speed():
-    rows = {}
-    for row in read_json("speed/meta.json")["rows"]:
-        name, _, kind = row["name"].partition(": ")
-        rows.setdefault(name, {})[kind] = f"{row['value']:.3g}"
-    lines = [
-        [name, *(kinds.get(kind, "") for kind in ("", "first meta-step", "peak memory"))]
-        for name, kinds in rows.items()
-    ]
+    kinds = ("", "first meta-step", "peak memory")
+    cells = lambda values: [f"{values[kind]:.3g}" if kind in values else "" for kind in kinds]
+    lines = [[name, *cells(values)] for name, values in speeds("meta", ": ").items()]
     return markdown("units | s per meta-step | s to the first one | peak GiB", *lines)
 
 
@@ -233,13 +238,10 @@ def optimizer_sizes():
 
 
 def optimizer_speed():
-    rows = {}
-    for row in read_json("speed/optimizers.json")["rows"]:
-        name, kind = row["name"].split(", ")
-        rows.setdefault(name, {})[kind] = row["value"]
+    rows = speeds("optimizer", ", ")
     adam = rows["adam"]["forward"]
     cells = lambda kinds: [f"{kinds[k]:.1f}" if k in kinds else "" for k in ("forward", "meta-gradient")]
-    lines = [[name, *cells(kinds), f"{kinds['forward'] / adam:.0f}"] for name, kinds in rows.items()]
+    lines = [[name, *cells(kinds), f"{kinds['forward'] / adam:.2g}"] for name, kinds in rows.items()]
     return markdown("optimizer | update, ms | in a meta-gradient, ms | update / Adam's", *lines)
 
 
