@@ -25,6 +25,9 @@ BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long
 SIX = ("small_dense_short", "small_dense_long", *BIG)  # the paper's
 WORLDS = (*SIX, "small_sparse_short", "small_sparse_long", "catch")
 ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
+LONG = ("transfer_long", "transfer_hopper")  # folders of runs with 1e6 steps, tuned
+FIXED = ("transfer_fixed", "transfer_fixed_optim4rl")  # the same with one alpha, that of the paper
+WALKING = ("ant", "inverted_double_pendulum")  # the paper's robots among them
 
 
 # --- What is kept
@@ -69,6 +72,12 @@ def robots():
     return kept_rows("transfer", "gated_adam/robots")
 
 
+def long_robots():
+    """kept_rows of the robots with 1e6 steps; some optimizers a second time, with the paper's alpha."""
+    not_tuned = kept_rows(*FIXED).items()
+    return kept_rows(*LONG) | {(task, f"{optimizer}, not tuned"): row for (task, optimizer), row in not_tuned}
+
+
 def mean_of_log(folder, column, start, length):
     """Mean of a column of metrics.csv over some meta-steps."""
     values = [row[column] for row in read_csv(f"{folder}/metrics.csv")[start : start + length]]
@@ -104,13 +113,13 @@ def markdown(header, *lines):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (titles, ["---"] * len(titles), *lines))
 
 
-def per_task(rows, tasks, optimizers, name="area"):
+def per_task(rows, tasks, optimizers):
     """A line per task, a column per optimizer, the alphas last."""
     lines = []
     for task in tasks:
         known = [rows.get((task, optimizer)) for optimizer in optimizers]
         alphas = ", ".join(f"{row['alpha']:g}" if row else "-" for row in known)
-        lines.append([task, *(cell(row, name) if row else "not run" for row in known), alphas])
+        lines.append([task, *(cell(row, "area") if row else "not run" for row in known), alphas])
     return markdown(f"task | {' | '.join(optimizers)} | their alphas", *lines)
 
 
@@ -252,7 +261,11 @@ CONTENTS = {
     "paper_score_final": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
     "truncation": truncation,
     "robots": lambda: per_task(robots(), ROBOTS, (*COMPARED, "gated_adam")),
-    "robots_end": lambda: per_task(robots(), ROBOTS, (*COMPARED, "gated_adam"), "deterministic"),
+    "robots_long": lambda: per_pair(dict(sorted(long_robots().items(), key=lambda item: item[0][0]))),
+    "robots_long_score": lambda: score(long_robots(), WALKING, "optim4rl"),
+    "robots_long_start": lambda: score(long_robots(), WALKING, "untrained_optim4rl"),
+    "robots_easy": lambda: score(kept_rows(*LONG, FIXED[0]), WALKING, "optim4rl"),
+    "robots_fixed": lambda: score(kept_rows(*LONG, *FIXED), WALKING, "optim4rl"),
     "robots_score": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl"),
     "robots_start": lambda: score(kept_rows("transfer"), ROBOTS, "untrained_optim4rl"),
     "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),
