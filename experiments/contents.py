@@ -25,9 +25,9 @@ BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long
 SIX = ("small_dense_short", "small_dense_long", *BIG)  # the paper's
 WORLDS = (*SIX, "small_sparse_short", "small_sparse_long", "catch")
 ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
-LONG = ("transfer_long", "transfer_hopper")  # folders of runs with 1e6 steps, tuned
+LONG = ("transfer_long", "transfer_hopper", "transfer_walker2d")  # folders of runs with 1e6 steps, tuned
 FIXED = ("transfer_fixed", "transfer_fixed_optim4rl")  # the same with one alpha, that of the paper
-WALKING = ("ant", "inverted_double_pendulum")  # the paper's robots among them
+WALKING = ("ant", "inverted_double_pendulum")  # the paper's robots that learn there
 
 
 # --- What is kept
