@@ -28,6 +28,7 @@ ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
 LONG = ("transfer_long", "transfer_hopper", "transfer_walker2d")  # folders of runs with 1e6 steps, tuned
 FIXED = ("transfer_fixed", "transfer_fixed_optim4rl")  # the same with one alpha, that of the paper
 WALKING = ("ant", "inverted_double_pendulum")  # the paper's robots that learn there
+NOT_TUNED = tuple(f"{name}, not tuned" for name in BASELINES)  # in long_robots
 
 
 # --- What is kept
@@ -73,9 +74,10 @@ def robots():
 
 
 def long_robots():
-    """kept_rows of the robots with 1e6 steps; some optimizers a second time, with the paper's alpha."""
+    """kept_rows of the robots with 1e6 steps, by robot; some optimizers a second time, "..., not tuned", with the paper's alpha."""
     not_tuned = kept_rows(*FIXED).items()
-    return kept_rows(*LONG) | {(task, f"{optimizer}, not tuned"): row for (task, optimizer), row in not_tuned}
+    rows = kept_rows(*LONG) | {(task, f"{optimizer}, not tuned"): row for (task, optimizer), row in not_tuned}
+    return dict(sorted(rows.items(), key=lambda item: item[0][0]))
 
 
 def mean_of_log(folder, column, start, length):
@@ -261,11 +263,11 @@ CONTENTS = {
     "paper_score_final": lambda: mean_ratio(kept_rows("paper"), WORLDS, "optim4rl", HAND[:1], "final"),
     "truncation": truncation,
     "robots": lambda: per_task(robots(), ROBOTS, (*COMPARED, "gated_adam")),
-    "robots_long": lambda: per_pair(dict(sorted(long_robots().items(), key=lambda item: item[0][0]))),
+    "robots_long": lambda: per_pair(long_robots()),
     "robots_long_score": lambda: score(long_robots(), WALKING, "optim4rl"),
     "robots_long_start": lambda: score(long_robots(), WALKING, "untrained_optim4rl"),
-    "robots_easy": lambda: score(kept_rows(*LONG, FIXED[0]), WALKING, "optim4rl"),
-    "robots_fixed": lambda: score(kept_rows(*LONG, *FIXED), WALKING, "optim4rl"),
+    "robots_easy": lambda: score(long_robots(), WALKING, "optim4rl", baselines=NOT_TUNED),
+    "robots_fixed": lambda: score(long_robots(), WALKING, "optim4rl, not tuned", baselines=NOT_TUNED),
     "robots_score": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl"),
     "robots_start": lambda: score(kept_rows("transfer"), ROBOTS, "untrained_optim4rl"),
     "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),

@@ -46,7 +46,7 @@ RANGES = {
 }
 LOW, HIGH = np.array(list(RANGES.values())).T
 # Environment steps after which small PPO has left the start and is not at its end. The paper's other two robots have no such
-# budget here: walker2d stands at 300 to 400 from 1e5 to 1e6 steps, humanoid falls after a tenth of its episode.
+# budget here: walker2d stands at 300 to 460 from 1e5 to 1e6 steps, humanoid falls after a tenth of its episode.
 BUDGETS = {"ant": 3e5, "halfcheetah": 1.5e5, "hopper": 5e5, "inverted_double_pendulum": 3e5}
 # The opponents, rules with all knobs but these neutral: Adam and RMSProp with bias correction, tuned over memory, a constant
 # or a falling step, and alpha
