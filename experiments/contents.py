@@ -25,7 +25,7 @@ BIG = ("big_sparse_short", "big_sparse_long", "big_dense_short", "big_dense_long
 SIX = ("small_dense_short", "small_dense_long", *BIG)  # the paper's
 WORLDS = (*SIX, "small_sparse_short", "small_sparse_long", "catch")
 ROBOTS = ("ant", "humanoid", "inverted_double_pendulum", "walker2d")
-LONG = ("transfer_long", "transfer_hopper", "transfer_walker2d")  # folders of runs with 1e6 steps, tuned
+LONG = ("transfer_long", "transfer_falling", "transfer_hopper", "transfer_walker2d")  # folders of runs with 1e6 steps, tuned
 FIXED = ("transfer_fixed", "transfer_fixed_optim4rl")  # the same with one alpha, that of the paper
 WALKING = ("ant", "inverted_double_pendulum")  # the paper's robots that learn there
 NOT_TUNED = tuple(f"{name}, not tuned" for name in BASELINES)  # in long_robots
@@ -266,6 +266,7 @@ CONTENTS = {
     "robots_long": lambda: per_pair(long_robots()),
     "robots_long_score": lambda: score(long_robots(), WALKING, "optim4rl"),
     "robots_long_start": lambda: score(long_robots(), WALKING, "untrained_optim4rl"),
+    "robots_long_falling": lambda: score(long_robots(), WALKING, "optim4rl", baselines=(FALLING,)),
     "robots_easy": lambda: score(long_robots(), WALKING, "optim4rl", baselines=NOT_TUNED),
     "robots_fixed": lambda: score(long_robots(), WALKING, "optim4rl, not tuned", baselines=NOT_TUNED),
     "robots_score": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl"),
@@ -273,7 +274,6 @@ CONTENTS = {
     "robots_sign": lambda: score(kept_rows("transfer"), ROBOTS, "sign_descent"),
     "robots_over_start": lambda: score(kept_rows("transfer"), ROBOTS, "optim4rl", baselines=COMPARED[1:2]),
     "pendulum_units": pendulum_units,
-    "figure3": lambda: per_pair(kept_rows("figure3/small_dense_long", "figure3/big_dense_long")),
     "six_worlds": lambda: per_task(six_worlds(), SIX, ("optim4rl", "gated_adam", FALLING, START, *HAND)),
     "six_worlds_all": lambda: score(six_worlds(), SIX, "optim4rl"),
     "six_worlds_big": lambda: score(six_worlds(), BIG, "optim4rl"),
