@@ -181,10 +181,9 @@ def meta_step_worker(
     mesh, key = runs.use_devices(devices, divides=num_units), jax.random.key(0)
     worlds, meta_optimizer = meta_train.make_tasks(config, mesh), optax.adam(1e-3)
     meta_params = agents.LEARNED["optim4rl"].init(key)
-    state = pipeline.init(worlds, meta_optimizer, meta_params, key)
     step = lambda state: pipeline.meta_step(worlds, meta_optimizer, state, key, 0.5)[0]
-    with by_kernels() if kernels else contextlib.nullcontext():
-        state = jax.block_until_ready(step(state))
+    with by_kernels() if kernels else contextlib.nullcontext():  # init compiles the meta-step
+        state = jax.block_until_ready(step(pipeline.init(worlds, meta_optimizer, meta_params, key)))
     first = time.perf_counter() - began
     seconds, _ = measure(step, state, repeats)
     print(json.dumps({"first": first, "step": seconds, "peak": peak_memory()}))
