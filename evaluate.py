@@ -10,7 +10,7 @@
 
 All optimizers are tuned alike: where several learning rates are given, the one with the largest area under the return curve
 on two tuning seeds is taken, and fresh seeds are reported. A robot's curve is of episodes without noise, at 10 or 20 points
-of its run; at the end it plays 128 more. The run's folder receives config.json, weights/ (those evaluated), curves.csv (every
+of its run. The run's folder receives config.json, weights/ (those evaluated), curves.csv (every
 reported run), summary.json, curves.png, runs/ (each finished run, and the one under way), policies/ (each reported robot) and,
 with --render, films.
 """
@@ -153,14 +153,11 @@ def run_all(config, folder, all_tasks, optimizers, mesh):
         weights.save(folder / "weights" / f"{name}.npz", learned.meta_params, {"inputs": learned.inputs}, name)
     results, fixed = {}, fixed_rates(config)
     for task, optimizer in itertools.product(all_tasks, optimizers.values()):
-        key, play_key = jax.random.split(agents.task_key(config.seed, task.name))
+        key, _ = jax.random.split(agents.task_key(config.seed, task.name))
         rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
         rates = fixed.get(optimizer.name, rates)
-        store = partial(kept.kept_runs, folder, task, optimizer.name, play_key, config.checkpoint_every)
+        store = partial(kept.kept_runs, folder, task, optimizer.name, config.checkpoint_every)
         tuned = agents.tuned(task, optimizer, rates, config.seeds, key, mesh, config.steps, store)
-        if task.play:
-            values = kept.deterministic_returns(folder, task.name, optimizer.name, tuned.alpha, config.seeds)
-            tuned = tuned._replace(deterministic=values)
         results[task.name, optimizer.name] = tuned
     return results
 
@@ -205,9 +202,9 @@ def main(argv=None):
     if robots := [task for task in all_tasks if task.play]:
         episodes = ", ".join(f"{task.name} {task.evaluations} x {task.evaluation_episodes}" for task in robots)
         print(
-            f"A robot's returns are of episodes without noise, as in the paper ({episodes}, in a run); the last column:"
+            f"A robot's returns are of episodes without noise, as in the paper ({episodes}, in a run).\n"
+            f"The returns in training are kept in {folder}/runs."
         )
-        print(f"{tasks.EVALUATION_EPISODES} more at the end. The returns in training are kept in {folder}/runs.")
     print(f"Curves: {folder}/curves.png")
     if config.render:
         film(config, folder, robots)

@@ -9,12 +9,13 @@
     python meta_train.py --resume runs/meta_train-...       # continues a run that was stopped
 
 A run's folder receives config.json, metrics.csv (one row per meta-step), optimizer.npz (the learned weights, for evaluate.py),
-checkpoints/, curves.png and, at the end, summary.json with the table.
+checkpoints/, runs/ (the agents of the table), curves.png and, at the end, summary.json with the table.
 """
 
 import itertools
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import evolution
 import pipeline
-from harness import agents, checkpoints, metrics, plots, runs, statistics, stops, tasks, weights
+from harness import agents, checkpoints, kept, metrics, plots, runs, statistics, stops, tasks, weights
 
 Estimator = Literal["gradient", "nres", "pes"]
 TESTED = ("small_dense_short", "small_dense_long", "small_sparse_short")
@@ -139,7 +140,7 @@ def learn(config, mesh, folder):
                 save(state)
                 saved = time.monotonic()
         save(state)
-    if lost := log.lost_tasks():
+    if not signal and (lost := log.lost_tasks()):
         raise SystemExit(
             f"stopped after {int(state.step)} meta-steps: the meta-gradient of {', '.join(lost)} was not finite in most of "
             f"the last {metrics.WINDOW}; those meta-steps changed nothing; the weights are in {folder}/optimizer.npz"
@@ -198,7 +199,8 @@ def test(config, mesh, folder, learned_params):
         for name, optimizer in pairs:
             task, key = tasks.make(name, config.test_envs, config.ppo), agents.task_key(config.seed, name)
             rates = agents.learning_rates(optimizer, config.test_learning_rates or task.learning_rates)
-            tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps)
+            store = partial(kept.kept_runs, folder, task, optimizer.name, kept.SECONDS)
+            tuned = agents.tuned(task, optimizer, rates, config.test_seeds, key, mesh, config.test_steps, store)
             results[name, optimizer.name] = tuned
             bar.update()
     rows, text = statistics.report(results)
@@ -213,10 +215,13 @@ def test(config, mesh, folder, learned_params):
 
 def per_task(config, name):
     """One number per task, from a flag that gives one for all, or one per task; each task's own where it gives none."""
+    if (name, config.optimizer) == ("alpha", "velo"):
+        if config.alpha not in ((), (1.0,), Config.alpha):
+            raise runs.UsageError(f"--alpha is {','.join(map(str, config.alpha))}; VeLO has no alpha: give --alpha 1")
+        return [1.0] * len(config.tasks)
     values = getattr(config, name)
     if not values and name in tasks.MetaDefaults._fields:
-        values = [getattr(tasks.meta_defaults(task, config.ppo, config.estimator), name) for task in config.tasks]
-        return [1.0] * len(values) if (name, config.optimizer) == ("alpha", "velo") else values  # VeLO has no alpha
+        return [getattr(tasks.meta_defaults(task, config.ppo, config.estimator), name) for task in config.tasks]
     if len(values) not in (1, len(config.tasks)):
         given = f"{runs.flag_of(name)} is {','.join(map(str, values)) or 'empty'}"
         raise runs.UsageError(f"{given}, for {len(config.tasks)} tasks; give one number, or one per task")

@@ -3,8 +3,6 @@
 import pathlib
 from functools import partial
 
-import jax
-
 import evaluate
 import meta_train
 from harness import agents, kept, plots, runs, stops
@@ -28,8 +26,7 @@ def test(folder, task, label, optimizer, rates, num_seeds, mesh, steps=None, tun
     The seeds of tuning and of reporting depend on the task and on `seed` only: they are the same for all optimizers.
     """
     key = agents.task_key(seed, task.name)
-    play_key = jax.random.fold_in(key, 2)  # tuning and reporting have the two keys of split(key)
-    store = partial(kept.kept_runs, folder, task, label, play_key, kept.SECONDS)
+    store = partial(kept.kept_runs, folder, task, label, kept.SECONDS)
     return agents.tuned(task, optimizer, rates, num_seeds, key, mesh, steps, store, tuning_seeds)
 
 

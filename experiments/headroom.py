@@ -172,7 +172,7 @@ def run_all(config, folder, mesh):
     def train(label, name, rows, seeds, phase="tuning"):
         """One agent per row of knobs; the seeds repeat."""
         optimizer = agents.Optimizer(label, jnp.asarray(rows, jnp.float32), make=makes[name])
-        store = kept.kept_runs(folder, all_tasks[name], label, jax.random.key(config.seed), kept.SECONDS, phase)
+        store = kept.kept_runs(folder, all_tasks[name], label, kept.SECONDS, phase)
         key = jax.random.split(agents.task_key(config.seed, name))[int(phase == "report")]
         steps = config.scale * BUDGETS[name]
         keys = jnp.tile(jax.random.split(key, seeds), len(rows) // seeds)

@@ -36,11 +36,12 @@ LEARNED = {
 # At optax's defaults, with a constant step
 HAND_DESIGNED = {"sign_descent": optax.sign_sgd, "adam": optax.adam, "rmsprop": optax.rmsprop}
 # Adam and RMSProp with every setting that helps them: {name: (kind, memory, bias correction, falling step)}. The step falls
-# linearly to 0 over the run.
+# linearly to 0 over the run. (Adam's defaults and RMSProp's are HAND_DESIGNED already.)
 VARIANTS = {
     f"{kind}_{memory}{'_corrected' * corrected}{'_falling' * falls}": (kind, memory, corrected, falls)
     for kind, corrected in (("adam", True), ("rmsprop", False), ("rmsprop", True))  # Adam corrects always
     for memory, falls in itertools.product((0.9, 0.99, 0.999), (False, True))
+    if (kind, memory, corrected, falls) not in (("adam", 0.999, True, False), ("rmsprop", 0.9, False, False))
 }
 UNTRAINED = {f"untrained_{name}": name for name in LEARNED}  # a learned optimizer before meta-training
 NAMES = (*LEARNED, *HAND_DESIGNED, *UNTRAINED, *VARIANTS)
@@ -147,7 +148,6 @@ class Tuned(NamedTuple):
     alpha: float
     runs: Runs | None  # with fresh seeds; None: only tuned
     tuning_area: float  # mean area with that alpha on the tuning seeds; NaN where there was nothing to tune
-    deterministic: np.ndarray | None = None  # [R] of a robot, in episodes without noise at the end of each run
 
 
 # Few at a time: on a robot the programs of one optimizer take 2,500 memory maps, of which Linux gives a process 65,530.

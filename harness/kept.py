@@ -4,7 +4,6 @@
 |---|---|---|
 | runs/TASK-OPTIMIZER-PHASE-ALPHA-RUN.npz | curves: in training, sums of episode returns, numbers of episodes, 1 while the agent is finite | [3, K] |
 | | and of a robot, the mean return of its evaluation; NaN at points without one | [4, K] |
-| | deterministic: returns of episodes without noise (a robot's reported runs) | [128] |
 | runs/TASK-OPTIMIZER-PHASE.under_way | which: run and alpha of each agent of the group that is being trained | [2, S] |
 | | 0, 1 ...: leaves of its state: whole agents, curves, points so far; deleted when the group is finished | [S, ...] |
 | policies/TASK-OPTIMIZER-RUN.npz | policy/layer_0/kernel ..., obs_stats/mean ...: what tasks.play needs | [in, out], [D] |
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 
 import ppo
-from harness import tasks, weights
+from harness import weights
 
 POLICY_KIND = "ppo-policy"
 SECONDS = 60.0  # between two saves of the agents under way
@@ -36,29 +35,26 @@ class Store(NamedTuple):
     seconds: float = SECONDS
 
 
-def kept_runs(folder, task, optimizer, key, seconds, phase):
+def kept_runs(folder, task, optimizer, seconds, phase):
     """The Store of one optimizer on one task in a run's folder.
 
     Args:
         folder: pathlib.Path; it gets runs/ and, of robots, policies/.
         task, optimizer: tasks.Task; name.
-        key: draws the first states of the deterministic episodes; the same for all runs.
         seconds: between two saves of the agents under way.
-        phase: "tuning", or "report": a robot then also plays its deterministic episodes, and its policy is kept.
+        phase: "tuning", or "report": a robot's policy is then kept, too.
     """
 
     def load(run, alpha):
         return _read(run_path(folder, task.name, optimizer, phase, alpha, run)).get("curves")
 
     def save(run, alpha, curves, agent):
-        arrays = {"curves": curves}
         if phase == "report" and task.play:
-            arrays["deterministic"] = np.asarray(task.play(agent, key, tasks.EVALUATION_EPISODES))
             header = {"task": task.name, "optimizer": optimizer, "alpha": alpha, "run": run}
             tree = {"policy": agent.params["policy"], "obs_stats": agent.obs_stats._asdict()}
             weights.save(policy_path(folder, task.name, optimizer, run), tree, header, POLICY_KIND)
         # The record comes last: where it is, everything of its run is.
-        weights.write_arrays(run_path(folder, task.name, optimizer, phase, alpha, run), arrays)
+        weights.write_arrays(run_path(folder, task.name, optimizer, phase, alpha, run), {"curves": curves})
 
     def resume(which, like):
         leaves, structure = jax.tree.flatten(like)
@@ -90,12 +86,6 @@ def _read(path):
         return weights.read_arrays(path)
     except Exception:  # whatever a broken file makes its reader raise
         return {}
-
-
-def deterministic_returns(folder, task, optimizer, alpha, num_runs):
-    """The mean return of each reported run's deterministic episodes: [R]."""
-    paths = [run_path(folder, task, optimizer, "report", alpha, run) for run in range(num_runs)]
-    return np.array([_read(path)["deterministic"].mean() for path in paths])
 
 
 def load_policy(path):

@@ -24,7 +24,7 @@ NAMES = WORLDS + ROBOTS
 PPO_SETTINGS = ("small", "paper")
 # Robots are scored as in the paper, by episodes without noise at some points of a run. The training episodes that happen to
 # end would count short lives too often.
-EVALUATION_EPISODES = 128  # of one evaluation, and at the end of a run; as many as Brax's trainer plays
+EVALUATION_EPISODES = 128  # of one evaluation; as many as Brax's trainer plays
 # With small settings an evaluation has fewer: on ant they take half as long as the training, 128 would take seven times as long.
 SMALL_EVALUATION_EPISODES = 8
 

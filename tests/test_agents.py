@@ -13,7 +13,7 @@ import pytest
 import brax_env
 import meta_train
 import ppo
-from harness import agents, kept, stops, tasks, weights
+from harness import agents, kept, runs, stops, tasks, weights
 from learned_optimizers import velo
 
 
@@ -59,7 +59,7 @@ def test_what_the_store_holds_is_not_run_again_and_another_shape_is(mesh):
 
 def test_programs_of_earlier_optimizers_are_let_go(mesh):
     """Else a process that tests many optimizers on robots runs out of memory maps."""
-    task, names = tasks.make("catch", 4), ("adam", "rmsprop", "sign_descent", "adam_0.9_corrected", "rmsprop_0.9")
+    task, names = tasks.make("catch", 4), ("adam", "rmsprop", "sign_descent", "adam_0.9_corrected", "rmsprop_0.99")
     programs = [weakref.ref(agents._compiled(task, agents.make_rule(name), mesh, 1)[1]) for name in names]
     gc.collect()
     assert programs[0]() is None and programs[-1]() is not None
@@ -71,7 +71,7 @@ def test_agents_under_way_continue_where_they_were_kept(mesh, tmp_path, change):
     task, keys, points = tasks.make("catch", 4), jax.random.split(jax.random.key(0), 3), []
 
     def train(alphas, stop_after=None):
-        store = kept.kept_runs(tmp_path, task, "adam", None, 0.0, "report")  # kept at every point
+        store = kept.kept_runs(tmp_path, task, "adam", 0.0, "report")  # kept at every point
 
         def keep(which, state):
             store.keep(which, state)
@@ -189,8 +189,10 @@ def test_velo_knows_the_length_of_the_run_and_has_no_learning_rate():
     np.testing.assert_array_equal(*updates)
     for name in ("velo", "untrained_velo"):
         assert agents.learning_rates(agents.Optimizer(name), [0.1, 1e-3]) == [1.0]
-    assert meta_train.per_task(meta_train.Config(optimizer="velo", alpha=()), "alpha") == [1.0, 1.0]
-    assert meta_train.per_task(meta_train.Config(optimizer="velo", alpha=(0.5,)), "alpha") == [0.5, 0.5]
+    for of_default in ({}, {"alpha": ()}):
+        assert meta_train.per_task(meta_train.Config(optimizer="velo", **of_default), "alpha") == [1.0, 1.0]
+    with pytest.raises(runs.UsageError, match="--alpha is 0.5; VeLO has no alpha: give --alpha 1"):
+        meta_train.per_task(meta_train.Config(optimizer="velo", alpha=(0.5,)), "alpha")
 
 
 def test_a_unit_s_planned_steps_count_those_of_its_agent():

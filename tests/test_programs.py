@@ -69,6 +69,15 @@ def test_the_table_is_without_influence_on_what_is_learned(whole_run, tmp_path, 
     assert np.abs(learned["m"]["readout_kernel"]).max() > 1e-3  # something was learned
 
 
+def test_a_table_that_was_stopped_trains_no_finished_agent_again(whole_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run")
+    expected = (folder / "summary.json").read_text()
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(agents, "_live", None)  # what trains them
+    meta_train.main(["--resume", str(folder)])
+    assert (folder / "summary.json").read_text() == expected
+
+
 def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice(whole_run, tmp_path):
     """Of the learned weights and of Adam, on a gridworld and a robot."""
     flags = f"--tasks catch,inverted_pendulum --optimizers optim4rl,adam --weights {whole_run[0] / 'optimizer.npz'}"
@@ -87,7 +96,7 @@ def test_a_killed_evaluation_continues_to_the_same_result_and_runs_nothing_twice
     for name in ("summary.json", "curves.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert all((records / name).stat().st_mtime_ns == time for name, time in before.items())
-    assert "return without noise" in out and "Mean [least, largest] of 2 seeds" in out
+    assert "episodes without noise" in out and "Mean [least, largest] of 2 seeds" in out
     assert len({tuple(row[x] for x in ("task", "optimizer", "run")) for row in read_csv(killed / "curves.csv")}) == 8
     assert len(json.loads((killed / "summary.json").read_text())) == 4
     assert (killed / "curves.png").stat().st_size > 1000
