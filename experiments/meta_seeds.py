@@ -77,22 +77,23 @@ def run_all(config, folder, mesh):
     return results
 
 
-def summarize(results, seeds):
-    """What summary.json holds: {"better_baseline", "ratios", "alphas", "over_meta_seeds", "above_1"}."""
+def areas_of(results):
+    """{(task, label): [R] area of each reported agent}."""
+    return {pair: result.runs.area() for pair, result in results.items()}
+
+
+def summarize(results):
+    """What summary.json holds: {"better_baseline": {task: name}, "ratios" and "alphas": {label: {task: number}}}."""
     task_names, labels = (list(dict.fromkeys(names)) for names in zip(*results))
-    iqm = {pair: float(statistics.iqm(result.runs.area())) for pair, result in results.items()}
     tuning = lambda task: lambda name: results[task, name].tuning_area
     better = {task: max(statistics.BASELINES, key=tuning(task)) for task in task_names}
-    ratios = {label: {task: iqm[task, label] / iqm[task, better[task]] for task in task_names} for label in labels}
-    of_seeds = [ratios[f"meta-seed {seed}"] for seed in seeds]
-    scores = {"all tasks": [float(np.mean(list(ratio.values()))) for ratio in of_seeds]}
-    scores |= {task: [ratio[task] for ratio in of_seeds] for task in task_names}
+    iqm = {pair: float(statistics.iqm(areas)) for pair, areas in areas_of(results).items()}
     return {
         "better_baseline": better,
-        "ratios": ratios,
+        "ratios": {
+            label: {task: iqm[task, label] / iqm[task, better[task]] for task in task_names} for label in labels
+        },
         "alphas": {label: {task: results[task, label].alpha for task in task_names} for label in labels},
-        "over_meta_seeds": {name: statistics.measured("score", values) for name, values in scores.items()},
-        "above_1": {name: int(np.sum(np.array(values) > 1)) for name, values in scores.items()},
     }
 
 
@@ -137,39 +138,50 @@ def draw(path, config, folder):
     return plots.save(figure, path)
 
 
-def over_tasks(summary, label):
-    return float(np.mean(list(summary["ratios"][label].values())))
+def meta_runs(summary):
+    return [label for label in summary["ratios"] if label.startswith("meta-seed")]
 
 
 def others(summary):
     """The optimizers that are not learned here."""
-    return [label for label in summary["ratios"] if not label.startswith("meta-seed")]
+    return [label for label in summary["ratios"] if label in (*agents.NAMES, MEAN)]
 
 
-def over(summary, name):
-    return contents.span(*(summary["over_meta_seeds"][name][f"score{end}"] for end in ("", "_low", "_high")))
+def over_tasks(summary, label):
+    return float(np.mean(list(summary["ratios"][label].values())))
+
+
+def over(summary, areas, *task_names):
+    """The score over meta-runs, in the mean of some tasks."""
+    better = summary["better_baseline"]
+    learned = {task: [statistics.iqm(areas[task, label]) for label in meta_runs(summary)] for task in task_names}
+    return contents.span(*statistics.over_meta_runs(learned, {task: areas[task, better[task]] for task in task_names}))
 
 
 def above(summary):
-    return f"{summary['above_1']['all tasks']} of {len(summary['over_meta_seeds']['all tasks']['score_runs'])}"
+    scores = [over_tasks(summary, label) for label in meta_runs(summary)]
+    return f"{sum(score > 1 for score in scores)} of {len(scores)}"
 
 
-def table(summary):
+def table(summary, areas):
     """Area / that of the better of Adam and RMSProp: a line per optimizer, a column per task."""
-    columns = ["all tasks", *summary["better_baseline"]]
+    tasks_of = list(summary["better_baseline"])
     number = lambda label: map(contents.number, (over_tasks(summary, label), *summary["ratios"][label].values()))
     lines = [[label, *number(label)] for label in others(summary)]
     learned = next(x for x in others(summary) if x.startswith("untrained_")).removeprefix("untrained_")
-    of_meta_runs = [f"{learned}, over meta-runs", *(over(summary, name) for name in columns)]
-    return contents.markdown(f"optimizer | {' | '.join(columns)}", of_meta_runs, *lines)
+    cells = [over(summary, areas, *tasks_of), *(over(summary, areas, task) for task in tasks_of)]
+    titles = " | ".join(["optimizer", "all tasks", *tasks_of])
+    return contents.markdown(titles, [f"{learned}, over meta-runs", *cells], *lines)
 
 
 def unseen(folder):
     """The scores on tasks that were not learned from."""
-    summary = contents.read_json(f"{folder}/summary.json")
-    seed = next(label.split()[1] for label in summary["ratios"] if label.startswith("meta-seed"))
+    summary, areas = kept(folder)
+    seed = meta_runs(summary)[0].split()[1]
     seen = contents.read_json(f"{folder}/meta_runs/{seed}/config.json")["config"]["tasks"]
-    return ", ".join(f"{over(summary, task)} on {task}" for task in summary["better_baseline"] if task not in seen)
+    return ", ".join(
+        f"{over(summary, areas, task)} on {task}" for task in summary["better_baseline"] if task not in seen
+    )
 
 
 def best_variant(summary):
@@ -178,25 +190,37 @@ def best_variant(summary):
     return f"{best} {contents.number(over_tasks(summary, best))}"
 
 
-def single(folder):
+def single(summary, areas):
     """What one meta-run prints: 95% of the scores of all meta-runs, their and the baselines' agents drawn again."""
-    areas, better = {}, contents.read_json(f"{folder}/summary.json")["better_baseline"]
-    for row in contents.read_csv(f"{folder}/agents.csv"):
-        areas.setdefault((row["task"], row["optimizer"]), []).append(float(row["area"]))
     random, drawn = np.random.default_rng(0), []
     draw = lambda pair: random.choice(areas[pair], len(areas[pair]))
-    for label in [x for x in dict.fromkeys(x for _, x in areas) if x.startswith("meta-seed")] * 200:
-        ratios = [draw((task, label)) / statistics.iqm(draw((task, name))) for task, name in better.items()]
+    for label in meta_runs(summary) * 200:
+        better = summary["better_baseline"].items()
+        ratios = [draw((task, label)) / statistics.iqm(draw((task, name))) for task, name in better]
         drawn.append(statistics.iqm(np.concatenate(ratios)))
     return "{} to {}".format(*map(contents.number, np.quantile(drawn, (0.025, 0.975))))
 
 
+def kept(folder):
+    """(what summary.json holds, areas_of the agents) of a folder of results/."""
+    areas = {}
+    for row in contents.read_csv(f"{folder}/agents.csv"):
+        areas.setdefault((row["task"], row["optimizer"]), []).append(float(row["area"]))
+    return contents.read_json(f"{folder}/summary.json"), areas
+
+
 def contents_of(folder):
     """{name: function} of what this program wrote into a folder of results/."""
-    kept = lambda function: lambda: function(contents.read_json(f"{folder}/summary.json"))
-    found = dict(score=kept(lambda x: over(x, "all tasks")), above=kept(above), best_variant=kept(best_variant))
-    found["sign"] = kept(lambda x: contents.number(over_tasks(x, "sign_descent")))
-    return found | dict(table=kept(table), unseen=lambda: unseen(folder), single=lambda: single(folder))
+    summary = lambda: kept(folder)[0]
+    return {
+        "score": lambda: over(*kept(folder), *summary()["better_baseline"]),
+        "above": lambda: above(summary()),
+        "best_variant": lambda: best_variant(summary()),
+        "sign": lambda: contents.number(over_tasks(summary(), "sign_descent")),
+        "table": lambda: table(*kept(folder)),
+        "unseen": lambda: unseen(folder),
+        "single": lambda: single(*kept(folder)),
+    }
 
 
 CONTENTS = {f"default_{name}": content for name, content in contents_of("meta_seeds").items()}
@@ -214,14 +238,13 @@ def main(argv=None):
 
     def body(folder):
         results = run_all(config, folder, mesh)
-        summary = summarize(results, config.seeds)
+        summary = summarize(results)
         write_agents(folder / "agents.csv", results)
         write_curves(folder / "curves.npz", results)
         runs.write_json(folder / "summary.json", summary)
-        print(
-            f"\nArea / that of the better of Adam and RMSProp\n{table(summary)}\n{above(summary)} meta-runs are above 1."
-        )
-        print(f"{statistics.caption(len(config.seeds))} A seed is a meta-run here.")
+        print(f"\nArea / that of the better of Adam and RMSProp\n{table(summary, areas_of(results))}")
+        print("Interquartile mean [95% bootstrap interval] over meta-runs and the agents of the baseline.")
+        print(f"{above(summary)} meta-runs are above 1.")
         print(f"Picture: {draw(folder / 'learned_step.png', config, folder)}")
 
     arms.run("meta_seeds", config, mesh, body)

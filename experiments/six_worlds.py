@@ -51,19 +51,23 @@ def run_all(config, optimizers, folder, mesh):
     return rows
 
 
-def ratios(rows, worlds, column="area"):
-    """A number per meta-run: its mean over worlds, in units of the better of Adam and RMSProp."""
-    baselines, of_seeds = contents.six_worlds(), {}
-    for row in rows:
-        if row["task"] in worlds:
-            better = max(statistics.iqm(baselines[row["task"], name][f"{column}_runs"]) for name in contents.BASELINES)
-            of_seeds.setdefault(row["meta_seed"], []).append(float(row[column]) / better)
-    return [float(np.mean(of_seed)) for of_seed in of_seeds.values()]
+def areas(rows, worlds, column):
+    """({world: [S] area of each meta-run's agent}, {world: [R] areas of the better of Adam and RMSProp})."""
+    baselines = contents.six_worlds()
+    of_world = lambda world: [baselines[world, name][f"{column}_runs"] for name in contents.BASELINES]
+    learned = {world: [float(row[column]) for row in rows if row["task"] == world] for world in worlds}
+    return learned, {world: max(of_world(world), key=statistics.iqm) for world in worlds}
+
+
+def over(rows, worlds, column="area"):
+    """The score over meta-runs, in the mean of some worlds."""
+    return contents.span(*statistics.over_meta_runs(*areas(rows, worlds, column)))
 
 
 def above(rows):
-    on_big = ratios(rows, contents.BIG)
-    return f"{sum(x > 1 for x in on_big)} of {len(on_big)}"
+    learned, units = areas(rows, contents.BIG, "area")
+    on_big = np.mean([np.array(learned[world]) / statistics.iqm(units[world]) for world in contents.BIG], axis=0)
+    return f"{sum(on_big > 1)} of {len(on_big)}"
 
 
 def table(*folders):
@@ -72,16 +76,15 @@ def table(*folders):
     lines = []
     for folder in folders:
         rows = contents.read_csv(f"{folder}/agents.csv")
-        cells = (contents.interval(ratios(rows, worlds)) for worlds in groups.values())
-        final = contents.interval(ratios(rows, contents.BIG, "final"))
-        lines.append([rows[0]["optimizer"], *cells, final, above(rows)])
+        cells = [*(over(rows, worlds) for worlds in groups.values()), over(rows, contents.BIG, "final")]
+        lines.append([rows[0]["optimizer"], *cells, above(rows)])
     return contents.markdown(f"meta-runs of | {' | '.join(groups)} | four big, last fifth | above 1 on big", *lines)
 
 
 OPTIM4RL, GATED_ADAM = "six_worlds/meta_runs", "gated_adam/six_worlds_meta_runs"
 CONTENTS = {
     "at_size": lambda: table(OPTIM4RL, GATED_ADAM),
-    "at_size_big": lambda: contents.interval(ratios(contents.read_csv(f"{OPTIM4RL}/agents.csv"), contents.BIG)),
+    "at_size_big": lambda: over(contents.read_csv(f"{OPTIM4RL}/agents.csv"), contents.BIG),
     "at_size_above": lambda: above(contents.read_csv(f"{OPTIM4RL}/agents.csv")),
 }
 

@@ -26,13 +26,35 @@ def iqm(values, axis=None):
 def interval(values):
     """Interquartile mean of [R] values and its 95% bootstrap interval: (mean, low, high).
 
-    Below five values, of which a bootstrap says too little, the interval is from the least to the largest.
+    Below five values, of which a bootstrap says too little, it is their mean, and the interval is from the least to the largest.
     """
     values = worst_if_diverged(values)
     if len(values) < 5:
-        return float(iqm(values)), float(values.min()), float(values.max())
+        return float(values.mean()), float(values.min()), float(values.max())
     resampled = values[np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))]
     return float(iqm(values)), *_middle(iqm(resampled, axis=1))
+
+
+def over_meta_runs(learned, units):
+    """Mean over tasks of areas in units of a baseline's: its interquartile mean over meta-runs, and a 95% bootstrap interval.
+
+    Meta-runs and the baseline's agents are both drawn again, so the interval holds the noise of the baseline, too.
+
+    Args: learned: {task: [S] area of each meta-run}; units: {task: [R] areas of the baseline's agents}.
+    Returns: (mean, low, high).
+    """
+    random, num = np.random.default_rng(0), len(next(iter(learned.values())))
+    which = _drawn(range(num), random).astype(int)  # [2001, S], the same meta-runs on all tasks
+    unit = {task: iqm(_drawn(areas, random), axis=1)[:, None] for task, areas in units.items()}
+    ratios = [np.asarray(areas)[which] / unit[task] for task, areas in learned.items()]
+    mean, *resampled = iqm(np.mean(ratios, axis=0), axis=1)
+    return float(mean), *_middle(resampled)
+
+
+def _drawn(values, random):
+    """The [R] values themselves, then 2000 times as many of them at random: [2001, R]."""
+    values = np.array(values, float)
+    return np.concatenate([values[None], values[random.integers(values.size, size=(2000, values.size))]])
 
 
 def _middle(resampled):
@@ -70,16 +92,11 @@ def scores(areas, tuning_areas, baselines=BASELINES):
         else:
             better[task] = best
     random, result = np.random.default_rng(0), {}
-
-    def drawn(pair):  # the runs themselves, then 2000 times as many of them at random: [2001, R]
-        values = np.asarray(areas[pair], float)
-        return np.concatenate([values[None], values[random.integers(values.size, size=(2000, values.size))]])
-
     for optimizer in dict.fromkeys(name for _, name in areas):
         ratios = []
         for task in [task for task in better if (task, optimizer) in areas]:
-            mine = drawn((task, optimizer))
-            unit = mine if optimizer == better[task] else drawn((task, better[task]))
+            mine = _drawn(areas[task, optimizer], random)
+            unit = mine if optimizer == better[task] else _drawn(areas[task, better[task]], random)
             ratios.append(worst_if_diverged(mine) / iqm(unit, axis=1)[:, None])
         if ratios:
             mean, *resampled = iqm(np.concatenate(ratios, axis=1), axis=1)
@@ -93,7 +110,8 @@ def report(results):
     areas = {pair: tuned.runs.area() for pair, tuned in results.items()}
     found, left_out = scores(areas, {pair: tuned.tuning_area for pair, tuned in results.items()})
     lines = [f"Area under the return curve / that of the better of {' and '.join(BASELINES)}:"] if found else []
-    lines += [f"  {name:22} {shown(*score)}" for name, score in found.items()]
+    few = rows[0]["seeds"] < 5  # for which there is no interval
+    lines += [f"  {name:31} {f'{score[0]:.3f}' if few else shown(*score)}" for name, score in found.items()]
     lines += [f"  {task} does not count: {why}" for task, why in left_out.items()]
     return rows, "\n".join([table(rows), "", caption(rows[0]["seeds"]), *lines])
 
@@ -103,8 +121,6 @@ def summarize(task, optimizer, tuned):
     row = {"task": task, "optimizer": optimizer, "alpha": tuned.alpha}
     row |= {"seeds": len(tuned.runs.returns), "steps": int(tuned.runs.steps[-1])}
     row |= measured("final", tuned.runs.final()) | measured("area", tuned.runs.area())
-    if tuned.deterministic is not None:
-        row |= measured("deterministic", tuned.deterministic)
     return row | {"diverged": int(np.isnan(tuned.runs.area()).sum()), "tuning_area": json_number(tuned.tuning_area)}
 
 
@@ -128,8 +144,7 @@ def caption(num_seeds):
 
 def table(rows):
     """The rows of summarize as text, numbers as in caption."""
-    columns = {"final": "return, last fifth", "area": "return, whole run", "deterministic": "return without noise"}
-    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    columns = {"final": "return, last fifth", "area": "return, whole run"}
     number = lambda x: "diverged" if x is None else f"{x:.2f}"
     cell = lambda row, name: shown(row[name], row[f"{name}_low"], row[f"{name}_high"], number) if name in row else ""
     lines = [["task", "optimizer", "alpha", *columns.values()]]
@@ -138,5 +153,5 @@ def table(rows):
         diverged = f"{row['diverged']} of {row['seeds']} diverged" if row["diverged"] else ""
         cells = [cell(row, name) for name in columns]
         lines.append([row["task"], row["optimizer"], f"{row['alpha']:g}", *cells, diverged])
-    widths = (26, 23, 10, *[30] * len(columns), 0)
+    widths = (26, 31, 10, *[30] * len(columns), 0)
     return "\n".join("".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)

@@ -41,10 +41,12 @@ def test_a_folder_without_meta_runs_is_refused(tmp_path):
         six_worlds.main(["--meta-seeds", str(tmp_path)])
 
 
-def test_ratios_are_means_over_worlds_in_units_of_the_better_baseline(monkeypatch):
+def test_meta_runs_are_counted_in_units_of_the_better_baseline(monkeypatch):
     areas = {("a", "adam"): 1.0, ("a", "rmsprop"): 2.0, ("b", "adam"): 4.0, ("b", "rmsprop"): 3.0}
-    monkeypatch.setattr(contents, "six_worlds", lambda: {k: {"area_runs": np.full(5, x)} for k, x in areas.items()})
-    rows = [
-        dict(task=t, meta_seed=s, area=x) for t, s, x in (("a", "0", 3), ("b", "0", 4), ("a", "1", 2), ("c", "1", 9))
-    ]
-    assert six_worlds.ratios(rows, ("a", "b")) == [1.25, 1.0]
+    baselines = {pair: {"area_runs": np.full(5, x)} for pair, x in areas.items()}
+    monkeypatch.setattr(contents, "six_worlds", lambda: baselines)
+    monkeypatch.setattr(contents, "BIG", ("a", "b"))
+    of_agents = (("a", "0", 3), ("a", "1", 2), ("b", "0", 4), ("b", "1", 3), ("c", "0", 9), ("c", "1", 9))
+    rows = [dict(task=task, meta_seed=seed, area=area) for task, seed, area in of_agents]
+    assert six_worlds.over(rows, ("a", "b")) == "1.06 [0.88, 1.25]"  # (3/2 + 4/4) / 2 and (2/2 + 3/4) / 2
+    assert six_worlds.above(rows) == "1 of 2"

@@ -13,7 +13,7 @@ def test_the_interval_holds_the_interquartile_mean_and_narrows_with_seeds():
     values = np.random.default_rng(0).normal(size=400)
     few, many = statistics.interval(values[:10]), statistics.interval(values)
     assert few[1] <= few[0] <= few[2] and many[2] - many[1] < few[2] - few[1]
-    assert statistics.interval([0.0, 1.0, 2.0, 100.0])[0] == 1.5  # the mean of the middle half
+    assert statistics.interval([0.0, 1.0, 2.0, 3.0, 100.0])[0] == 2.0  # the mean of the middle
 
 
 def test_the_interquartile_mean_is_scipys_trimmed_one():
@@ -29,8 +29,22 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert 0.87 < np.mean([low <= 0 <= high for _, low, high in intervals]) < 0.98  # percentile bootstrap of ten values
 
 
+def test_the_interval_over_meta_runs_holds_the_noise_of_the_baseline():
+    random, both, alone = np.random.default_rng(2), [], []
+    for _ in range(300):  # ten meta-runs on two tasks, 1.1 times as good as a baseline of ten noisy agents
+        units = {task: random.normal(2.0, 0.2, 10) for task in "ab"}
+        learned = {task: 2.2 + random.normal(0.0, 0.02, 10) for task in "ab"}
+        both.append(statistics.over_meta_runs(learned, units))
+        ratios = np.mean([learned[task] / statistics.iqm(units[task]) for task in "ab"], axis=0)
+        alone.append(statistics.interval(ratios))
+        assert both[-1][0] == pytest.approx(alone[-1][0])
+    covered = lambda intervals: np.mean([low <= 1.1 <= high for _, low, high in intervals])
+    assert 0.87 < covered(both) < 0.98 and covered(alone) < 0.6
+
+
 def test_fewer_than_five_seeds_have_their_mean_least_and_largest():
     assert statistics.interval([3.0, 1.0, 8.0]) == (4.0, 1.0, 8.0)
+    assert statistics.interval([0.0, 0.0, 0.0, 100.0]) == (25.0, 0.0, 100.0)
     assert "least, largest" in statistics.caption(3) and "bootstrap" in statistics.caption(5)
 
 

@@ -106,10 +106,10 @@ def test_meta_seeds_are_read_as_they_are_written(monkeypatch):
     areas = {("world", label): Result(area) for label, area in labels.items()}
     areas |= {("world", f"meta-seed {seed}"): Result(2.0 + seed / 10) for seed in range(5)}
     areas["world", meta_seeds.MEAN] = Result(2.6)
-    summary = meta_seeds.summarize(areas, range(5))
-    monkeypatch.setattr(contents, "read_json", lambda name: summary)
+    summary = meta_seeds.summarize(areas)
+    monkeypatch.setattr(meta_seeds, "kept", lambda folder: (summary, meta_seeds.areas_of(areas)))
     of_seeds = meta_seeds.contents_of("meta_seeds")
-    mean, low, high = statistics.interval([1.0, 1.05, 1.1, 1.15, 1.2])  # in units of adam's 2.0
+    mean, low, high = statistics.over_meta_runs({"world": [2.0, 2.1, 2.2, 2.3, 2.4]}, {"world": [2.0]})  # adam's
     assert of_seeds["score"]() == f"{mean:.2f} [{low:.2f}, {high:.2f}]"
     assert of_seeds["above"]() == "4 of 5"
     assert "| untrained_optim4rl | 0.90 | 0.90 |" in of_seeds["table"]()
