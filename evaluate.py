@@ -10,9 +10,8 @@
 
 All optimizers are tuned alike: where several learning rates are given, the one with the largest area under the return curve
 on two tuning seeds is taken, and fresh seeds are reported. A robot's curve is of episodes without noise, at 10 or 20 points
-of its run. The run's folder receives config.json, weights/ (those evaluated), curves.csv (every
-reported run), summary.json, curves.png, runs/ (each finished run, and the one under way), policies/ (each reported robot) and,
-with --render, films.
+of its run. The run's folder receives config.json, weights/ (those evaluated), curves.csv (every reported run), summary.json,
+curves.png, runs/ (each finished run, and the one under way), policies/ (each reported robot) and, with --render, films.
 """
 
 import contextlib
@@ -153,7 +152,7 @@ def run_all(config, folder, all_tasks, optimizers, mesh):
         weights.save(folder / "weights" / f"{name}.npz", learned.meta_params, {"inputs": learned.inputs}, name)
     results, fixed = {}, fixed_rates(config)
     for task, optimizer in itertools.product(all_tasks, optimizers.values()):
-        key, _ = jax.random.split(agents.task_key(config.seed, task.name))
+        key, _ = jax.random.split(agents.task_key(config.seed, task.name))  # the key that results/ were made with
         rates = agents.learning_rates(optimizer, config.learning_rate or task.learning_rates)
         rates = fixed.get(optimizer.name, rates)
         store = partial(kept.kept_runs, folder, task, optimizer.name, config.checkpoint_every)

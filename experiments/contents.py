@@ -108,7 +108,9 @@ def cell(row, name):
     """A mean and its interval. Few seeds of which only a summary is kept have none that means anything."""
     if f"{name}_runs" in row:
         return interval(row[f"{name}_runs"])
-    return span(row[name], row[f"{name}_low"], row[f"{name}_high"]) if row["seeds"] >= 5 else number(row[name])
+    if row["seeds"] < statistics.ENOUGH:
+        return number(row[name])
+    return span(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def markdown(header, *lines):

@@ -23,7 +23,7 @@ import jax
 
 import evaluate
 import meta_train
-from experiments import arms, drift
+from experiments import arms, contents, drift
 from harness import agents, runs, statistics, stops, tasks, weights
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # the reference's for Adam and RMSProp on gridworlds
@@ -183,7 +183,7 @@ def pieces():
         yield piece("Figure 3, catch", "catch", label, both, settings=settings, on_cpu=True)
     yield Piece("precision", "TF32 and float32", "precision", precision, (4, 0.2), False)
     for label, world in itertools.product(("adam", "rmsprop", *WEIGHTS, "sign_descent", *FAIR), tasks.PAPER_WORLDS):
-        on_cpu = world.startswith("small") and label in ("adam", "rmsprop", "optim4rl", FAIR[1])
+        on_cpu = world.startswith("small") and label in ("adam", "rmsprop", "optim4rl", contents.FALLING)
         yield piece("six worlds", world, label, tuned, on_cpu=on_cpu)
     sweep = settings_of((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (72, 144, 288, 576))
     for label in learned:

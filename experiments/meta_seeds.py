@@ -203,10 +203,10 @@ def single(summary, areas):
 
 def kept(folder):
     """(what summary.json holds, areas_of the agents) of a folder of results/."""
-    areas = {}
+    summary, areas = contents.read_json(f"{folder}/summary.json"), {}
     for row in contents.read_csv(f"{folder}/agents.csv"):
         areas.setdefault((row["task"], row["optimizer"]), []).append(float(row["area"]))
-    return contents.read_json(f"{folder}/summary.json"), areas
+    return summary, areas
 
 
 def contents_of(folder):

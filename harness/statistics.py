@@ -7,6 +7,7 @@ where more than that quarter diverged, the mean is -inf.
 import numpy as np
 
 BASELINES = ("adam", "rmsprop")  # designed by hand; a score is in units of the better one
+ENOUGH = 5  # runs, of which a bootstrap says something
 
 
 def worst_if_diverged(values):
@@ -26,10 +27,10 @@ def iqm(values, axis=None):
 def interval(values):
     """Interquartile mean of [R] values and its 95% bootstrap interval: (mean, low, high).
 
-    Below five values, of which a bootstrap says too little, it is their mean, and the interval is from the least to the largest.
+    Below ENOUGH values it is their mean, and the interval is from the least to the largest.
     """
     values = worst_if_diverged(values)
-    if len(values) < 5:
+    if len(values) < ENOUGH:
         return float(values.mean()), float(values.min()), float(values.max())
     resampled = values[np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))]
     return float(iqm(values)), *_middle(iqm(resampled, axis=1))
@@ -53,7 +54,7 @@ def over_meta_runs(learned, units):
 
 def _drawn(values, random):
     """The [R] values themselves, then 2000 times as many of them at random: [2001, R]."""
-    values = np.array(values, float)
+    values = np.asarray(values, float)
     return np.concatenate([values[None], values[random.integers(values.size, size=(2000, values.size))]])
 
 
@@ -110,7 +111,7 @@ def report(results):
     areas = {pair: tuned.runs.area() for pair, tuned in results.items()}
     found, left_out = scores(areas, {pair: tuned.tuning_area for pair, tuned in results.items()})
     lines = [f"Area under the return curve / that of the better of {' and '.join(BASELINES)}:"] if found else []
-    few = rows[0]["seeds"] < 5  # for which there is no interval
+    few = rows[0]["seeds"] < ENOUGH  # for which there is no interval
     lines += [f"  {name:31} {f'{score[0]:.3f}' if few else shown(*score)}" for name, score in found.items()]
     lines += [f"  {task} does not count: {why}" for task, why in left_out.items()]
     return rows, "\n".join([table(rows), "", caption(rows[0]["seeds"]), *lines])
@@ -137,7 +138,7 @@ def json_number(x):
 
 def caption(num_seeds):
     """What the numbers of a table are."""
-    if num_seeds < 5:
+    if num_seeds < ENOUGH:
         return f"Mean [least, largest] of {num_seeds} seeds."
     return f"Interquartile mean [95% bootstrap interval] over {num_seeds} seeds."
 
@@ -146,12 +147,12 @@ def table(rows):
     """The rows of summarize as text, numbers as in caption."""
     columns = {"final": "return, last fifth", "area": "return, whole run"}
     number = lambda x: "diverged" if x is None else f"{x:.2f}"
-    cell = lambda row, name: shown(row[name], row[f"{name}_low"], row[f"{name}_high"], number) if name in row else ""
-    lines = [["task", "optimizer", "alpha", *columns.values()]]
+    cell = lambda row, name: shown(row[name], row[f"{name}_low"], row[f"{name}_high"], number)
+    lines = [["task", "optimizer", "alpha", *columns.values(), ""]]
     for before, row in zip([rows[0], *rows], rows):
         lines += [[]] if row["task"] != before["task"] else []
         diverged = f"{row['diverged']} of {row['seeds']} diverged" if row["diverged"] else ""
         cells = [cell(row, name) for name in columns]
         lines.append([row["task"], row["optimizer"], f"{row['alpha']:g}", *cells, diverged])
-    widths = (26, 31, 10, *[30] * len(columns), 0)
+    widths = [2 + max(map(len, column)) for column in zip(*filter(None, lines))]
     return "\n".join("".join(f"{x:{width}}" for x, width in zip(line, widths)).rstrip() for line in lines)

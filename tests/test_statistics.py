@@ -103,3 +103,10 @@ def test_the_table_says_how_many_runs_diverged_and_its_rows_are_json():
     assert json.loads(json.dumps(row, allow_nan=False)) == row and row["diverged"] == 4
     assert row["area"] is None and row["area_runs"][:4] == [None] * 4
     assert "4 of 10 diverged" in text and "0.0123" in text and "catch does not count: without rmsprop" in text
+
+
+def test_the_longest_names_do_not_touch_the_next_column():
+    longest = max(agents.NAMES, key=len)
+    tuned = agents.Tuned(0.0123, agents.Runs(np.array([10, 20]), np.full((3, 2), 1.0)), np.nan)
+    _, text = statistics.report({("inverted_double_pendulum", longest): tuned})
+    assert text.splitlines()[1].split()[:3] == ["inverted_double_pendulum", longest, "0.0123"]
